@@ -1,0 +1,233 @@
+"""Trains one network three ways on real data and compares the results.
+
+A large batch, kaccum's micro-batches, and Keras's own
+`gradient_accumulation_steps`, all from the same start on the UCI handwritten
+digits. Exits with 1 when kaccum's run is not the large-batch run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from kaccum.callback import GradientAccumulationCallback
+from kaccum.tensorflow import use_full_precision
+
+# Rounding differs between batch sizes and grows with each update; a wrongly
+# weighted update is off by about the learning rate.
+TOLERANCE = 1e-3
+LARGE, KACCUM, KERAS = "large batch", "kaccum", "Keras's own"
+
+
+class Run(NamedTuple):
+    """One fit: its history, and the weights after each epoch."""
+
+    updates: int
+    history: dict[str, list[float]]
+    weights: list[list[np.ndarray]]
+    seconds: list[float]
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Prints progress, and keeps weights and times, epoch by epoch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weights: list[list[np.ndarray]] = []
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+        self.weights.append(self.model.get_weights())
+        print(
+            f"{self.name:12} epoch {epoch + 1:2}/{self.params['epochs']}  "
+            f"loss {logs['loss']:.6f}  accuracy {logs['accuracy']:.4f}",
+            flush=True,
+        )
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """1,797 images of 8 x 8 pixels in [0, 1], and their digits."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    return digits.images[..., None].astype("float32") / 16.0, digits.target
+
+
+def build_model() -> keras.Model:
+    """A small convolutional network, always with the same weights."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", activation="gelu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, padding="same", activation="gelu"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10),
+        ]
+    )
+
+
+def train(name: str, options: argparse.Namespace) -> Run:
+    """Trains the network one of the three ways.
+
+    Args:
+        name: `LARGE`, `KACCUM` or `KERAS`.
+        options: The parsed command line.
+    """
+    x, y = load_digits()
+    model = build_model()
+    optimizer = keras.optimizers.get(options.optimizer)
+    recorder = _Recorder(name)
+    callbacks: list[keras.callbacks.Callback] = [recorder]
+    batch_size = options.batch_size
+    if name != LARGE:
+        batch_size //= options.steps
+    if name == KACCUM:
+        callbacks.append(GradientAccumulationCallback(options.steps))
+    if name == KERAS and options.steps > 1:
+        config = optimizer.get_config()
+        config["gradient_accumulation_steps"] = options.steps
+        optimizer = type(optimizer).from_config(config)
+    optimizer.build(model.trainable_variables)
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=options.jit,
+    )
+    # The same order of examples in all three.
+    keras.utils.set_random_seed(1)
+    history = model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=options.epochs,
+        callbacks=callbacks,
+        verbose=0,
+    ).history
+    updates = int(optimizer.iterations)
+    return Run(updates, history, recorder.weights, recorder.seconds)
+
+
+def largest_difference(
+    weights: Sequence[np.ndarray], truth: Sequence[np.ndarray]
+) -> float:
+    """Largest difference in any weight, relative to its array's largest."""
+    return max(
+        float(np.max(np.abs(w - t)) / np.max(np.abs(t)))
+        for w, t in zip(weights, truth)
+    )
+
+
+def table(runs: dict[str, Run]) -> str:
+    """The comparison, a line for each run."""
+    head = (
+        f"{'run':12} {'updates':>7} {'loss':>9} {'accuracy':>8} "
+        f"{'weights off by':>14} {'s/epoch':>8}"
+    )
+    lines = [head, "-" * len(head)]
+    for name, run in runs.items():
+        off = largest_difference(run.weights[-1], runs[LARGE].weights[-1])
+        lines.append(
+            f"{name:12} {run.updates:7} {run.history['loss'][-1]:9.6f} "
+            f"{run.history['accuracy'][-1]:8.4f} {off:14.1e} "
+            f"{np.median(run.seconds):8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, Run], path: str) -> None:
+    """Draws the loss curves and the weight differences into `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    styles = {LARGE: "-", KACCUM: "--", KERAS: "-."}
+    for name, run in runs.items():
+        epochs = np.arange(1, len(run.weights) + 1)
+        loss = run.history["loss"]
+        left.plot(epochs, loss, styles[name], marker=".", label=name)
+        if name == LARGE:
+            continue
+        off = [
+            largest_difference(w, t)
+            for w, t in zip(run.weights, runs[LARGE].weights)
+        ]
+        right.plot(epochs, off, styles[name], marker=".", label=name)
+    left.set(xlabel="epoch", ylabel="training loss (nats)")
+    right.set(
+        xlabel="epoch",
+        ylabel="largest relative weight difference\nto the large batch",
+        yscale="log",
+    )
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kaccum", description=__doc__
+    )
+    add = parser.add_argument
+    add("--batch-size", type=int, default=128, help="examples in an update")
+    add("--steps", type=int, default=8, help="micro-batches in an update")
+    add("--epochs", type=int, default=6)
+    add("--optimizer", default="adam", help="a name in keras.optimizers")
+    add("--jit", action="store_true", help="compile with XLA")
+    add("--plot", metavar="FILE", help="draw the comparison into FILE")
+    options = parser.parse_args(arguments)
+    for name in ("batch_size", "steps", "epochs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be >= 1")
+    if options.batch_size % options.steps:
+        parser.error("--batch-size must be a multiple of --steps")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the comparison.
+
+    Returns:
+        0 if kaccum's run is the large-batch run, 1 if it is not.
+    """
+    options = parse(arguments)
+    device = use_full_precision()
+    print(
+        f"device: {device}; Keras {keras.__version__}; "
+        f"{len(load_digits()[0])} examples; {options.optimizer}, updates of "
+        f"{options.batch_size} = {options.steps} micro-batches of "
+        f"{options.batch_size // options.steps}"
+    )
+    runs = {name: train(name, options) for name in (LARGE, KACCUM, KERAS)}
+    print(table(runs))
+    if options.plot:
+        plot(runs, options.plot)
+        print(f"drawn into {options.plot}")
+    truth, ours = runs[LARGE], runs[KACCUM]
+    off = largest_difference(ours.weights[-1], truth.weights[-1])
+    is_same = off <= TOLERANCE and ours.updates == truth.updates
+    print(f"kaccum's run is {'' if is_same else 'NOT '}the large-batch run")
+    return 0 if is_same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

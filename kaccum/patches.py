@@ -1,0 +1,59 @@
+"""Attributes that are replaced for a while and always put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+_ABSENT = object()
+
+
+class Patch:
+    """Shadows the attribute `name` of `owner` by `value`.
+
+    Writes to the instance's dictionary: Keras and TensorFlow track whatever is
+    assigned to the attributes of their objects, and would save it.
+
+    Args:
+        owner: The object (or module) whose attribute is shadowed.
+        name: The attribute's name.
+        value: What stands there while the patch is installed.
+    """
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self._attributes = vars(owner)
+        self._name = name
+        self._value = value
+        self._previous: Any = _ABSENT
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the attribute is this patch's value now."""
+        return self._attributes.get(self._name) is self._value
+
+    def install(self) -> None:
+        """Puts the value in place."""
+        self._previous = self._attributes.get(self._name, _ABSENT)
+        self._attributes[self._name] = self._value
+
+    def remove(self) -> None:
+        """Puts back what was there, unless someone else replaced it since."""
+        if not self.is_installed:
+            return
+        if self._previous is _ABSENT:
+            del self._attributes[self._name]
+        else:
+            self._attributes[self._name] = self._previous
+
+
+@contextlib.contextmanager
+def patched(patches: list[Patch]) -> Iterator[None]:
+    """Installs `patches` for the duration of a `with` block."""
+    for patch in patches:
+        patch.install()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.remove()
