@@ -74,7 +74,7 @@ def build_model() -> keras.Model:
             layers.Conv2D(16, 3, padding="same", activation="gelu"),
             layers.MaxPooling2D(),
             layers.Conv2D(32, 3, padding="same", activation="gelu"),
-            layers.GlobalAveragePooling2D(),
+            layers.Flatten(),
             layers.Dense(10),
         ]
     )
@@ -188,7 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m kaccum", description=__doc__
     )
     add = parser.add_argument
-    add("--batch-size", type=int, default=128, help="examples in an update")
+    add("--batch-size", type=int, default=64, help="examples in an update")
     add("--steps", type=int, default=8, help="micro-batches in an update")
     add("--epochs", type=int, default=6)
     add("--optimizer", default="adam", help="a name in keras.optimizers")

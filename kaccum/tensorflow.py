@@ -47,6 +47,11 @@ class GradientAccumulator:
         self._once: list[Callable[[], Any]] = []
         self._weight = _new_sum((), tf.float32, device="")
 
+    @property
+    def count(self) -> int:
+        """The number of variables that ever had a gradient."""
+        return len(self._sums)
+
     def add(
         self, gradients: Sequence[Any], variables: Sequence[Any], weight: Any
     ) -> None:
@@ -240,9 +245,7 @@ class Engine:
         self._accumulators: list[GradientAccumulator] = []
         self._steps = {closes: self._make(closes) for closes in (False, True)}
         self._execute = tf.function(self._run_in_graph, autograph=False)
-        self._apply_in_graph = tf.function(
-            self._apply_all, autograph=False, jit_compile=model.jit_compile
-        )
+        self._applies: dict[int, Callable[[], Any]] = {}
 
     def start(self) -> None:
         """Makes ready for a fit: all sums are empty."""
@@ -286,8 +289,16 @@ class Engine:
         """Makes an update of what was added, without another micro-batch."""
         if self._model.run_eagerly:
             self._apply_all()
-        else:
-            self._apply_in_graph()
+            return
+        # Compiled anew only when another variable got a gradient since.
+        sums = sum(a.count for a in self._accumulators)
+        if sums not in self._applies:
+            self._applies[sums] = tf.function(
+                self._apply_all,
+                autograph=False,
+                jit_compile=self._model.jit_compile,
+            ).get_concrete_function()
+        self._applies[sums]()
 
     def stop(self) -> None:
         """Frees the sums' memory."""

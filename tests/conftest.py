@@ -1,0 +1,61 @@
+"""Hypothesis profiles, the device, and a check that nothing stays patched."""
+
+import gc
+import os
+
+import hypothesis
+import pytest
+import tensorflow as tf
+
+from kaccum import weights
+from kaccum.session import Session
+from tests import reference
+
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=1000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default=None,
+        help="where to compute, as /GPU:0 or /CPU:0 (default: a GPU if any)",
+    )
+
+
+def _device(config):
+    gpus = tf.config.list_physical_devices("GPU")
+    return config.getoption("--device") or ("/GPU:0" if gpus else "/CPU:0")
+
+
+def pytest_report_header(config):
+    device = _device(config)
+    note = "" if "GPU" in device else " (not run on a GPU)"
+    return f"kaccum computes on {device}{note}, TensorFlow {tf.__version__}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device(request):
+    """Computes everything on the chosen device, in full precision."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    with tf.device(_device(request.config)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_patched():
+    """Fails a test that leaves a model, optimizer or loss patched."""
+    yield
+    for model in list(reference.MODELS):
+        assert Session.running(model) is None, "a model stayed patched"
+        assert "make_train_function" not in vars(model)
+        assert "apply" not in vars(model.optimizer or model)
+    reference.MODELS.clear()
+    assert weights.loss_module.reduce_weighted_values.__module__ != (
+        weights.__name__
+    ), "the losses still report"
+    gc.collect()

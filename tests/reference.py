@@ -1,0 +1,305 @@
+"""The oracle: the plain large-batch fit, written from the definition.
+
+Nothing of kaccum is used here but the callback that is tested.
+"""
+
+import dataclasses
+import math
+import weakref
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kaccum import GradientAccumulationCallback
+
+MODELS: Any = weakref.WeakSet()
+TOKENS, LENGTH, FEATURES, CLASSES = 7, 5, 4, 3
+
+# Losses whose epoch log is Keras's own average of what it was shown (law 1).
+LOGGED_BY_KERAS = ("mask", "mean_with_sample_weight", "sum", "sum_of_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A whole training run, small enough for a test.
+
+    `kind` is one of "mean", "sample_weight", "class_weight", "mask",
+    "mean_with_sample_weight", "sum", "sum_of_tokens".
+    """
+
+    examples: int = 22
+    micro_batch: int = 4
+    steps: int = 3
+    epochs: int = 2
+    kind: str = "mean"
+    optimizer: str = "Adam"
+    options: tuple = ()
+    schedule: bool = False
+    loss_scale: float = 0.0
+    regularizer: str | None = None
+    constraint: str | None = None
+    add_loss: bool = False
+    frozen: bool = False
+    unused: bool = False
+    policy: str = "float32"
+    execution: str = "graph"
+    steps_per_execution: int = 1
+    unknown_length: bool = False
+    validation: bool = False
+    built: bool = True
+    seed: int = 0
+
+
+def tolerance(problem):
+    """How far rounding may move a weight, relative to its array's largest.
+
+    Every micro-batch rounds its gradient, and optimizers such as Adam divide
+    by a gradient that may be small. A rounding unit of float32 is 6e-8.
+    """
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(problem.policy)
+    if unit is not None:
+        return 4 * unit * math.sqrt(problem.steps)
+    if problem.policy.startswith("mixed_"):
+        # The layers compute in half precision, on batches of other sizes.
+        unit = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}[
+            problem.policy
+        ]
+        return 2 * unit * math.sqrt(problem.steps)
+    unit = {"float64": 2.0**-53}.get(problem.policy, 2.0**-24)
+    return 64 * unit * math.sqrt(problem.steps)
+
+
+def data(problem):
+    """Inputs, targets and sample weights, always the same for a problem."""
+    rng = np.random.default_rng(problem.seed)
+    n = problem.examples
+    if problem.kind in ("mask", "sum_of_tokens"):
+        x = rng.integers(1, TOKENS, (n, LENGTH))
+        lengths = rng.integers(0, LENGTH + 1, n)
+        x[np.arange(LENGTH) >= lengths[:, None]] = 0
+        y = rng.integers(0, CLASSES, (n, LENGTH))
+    else:
+        x = rng.normal(size=(n, FEATURES)).astype("float32")
+        y = rng.integers(0, CLASSES, n)
+    weighted = problem.kind in ("sample_weight", "mean_with_sample_weight")
+    w = rng.uniform(0, 2, n).astype("float32") if weighted else None
+    return x, y, w
+
+
+def build_optimizer(problem):
+    """The optimizer, its learning rate large enough for visible updates."""
+    options = dict(problem.options)
+    options.setdefault("learning_rate", 0.02)
+    if problem.schedule:
+        options["learning_rate"] = keras.optimizers.schedules.ExponentialDecay(
+            options["learning_rate"], decay_steps=2, decay_rate=0.5
+        )
+    optimizer = getattr(keras.optimizers, problem.optimizer)(**options)
+    if problem.loss_scale:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer, initial_scale=problem.loss_scale
+        )
+    return optimizer
+
+
+def build_model(problem, optimizer=None):
+    """The compiled model of a problem, always with the same weights."""
+    keras.utils.set_random_seed(problem.seed)
+    layers = keras.layers
+    options = {
+        "kernel_regularizer": problem.regularizer,
+        "kernel_constraint": problem.constraint,
+        "activation": "tanh",
+    }
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(problem.policy)
+    try:
+        if problem.kind in ("mask", "sum_of_tokens"):
+            first = layers.Embedding(TOKENS, 4, mask_zero=True)
+            shape, dtype = (LENGTH,), "int64"
+        else:
+            first = layers.Dense(4, activation="tanh")
+            shape, dtype = (FEATURES,), "float32"
+        first.trainable = not problem.frozen
+        stack = [first, layers.Dense(5, **options)]
+        if problem.add_loss:
+            stack.append(layers.ActivityRegularization(l2=0.1))
+        if problem.unused:
+            stack.append(_Unused())
+        stack.append(layers.Dense(CLASSES))
+        if problem.built:
+            stack.insert(0, keras.Input(shape, dtype=dtype))
+        model = keras.Sequential(stack)
+    finally:
+        keras.config.set_dtype_policy(before)
+    reduction = {
+        "sum": "sum",
+        "sum_of_tokens": "sum",
+        "mean_with_sample_weight": "mean_with_sample_weight",
+    }.get(problem.kind, "sum_over_batch_size")
+    model.compile(
+        optimizer=optimizer or build_optimizer(problem),
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction=reduction
+        ),
+        metrics=["accuracy"],
+        weighted_metrics=["sparse_categorical_crossentropy"][:0],
+        run_eagerly=problem.execution == "eager",
+        jit_compile=problem.execution == "xla",
+        steps_per_execution=problem.steps_per_execution,
+        auto_scale_loss=False,
+    )
+    MODELS.add(model)
+    return model
+
+
+@keras.saving.register_keras_serializable("kaccum_tests")
+class _Unused(keras.layers.Layer):
+    """Has a variable that never gets a gradient."""
+
+    def build(self, shape):
+        self.unused = self.add_weight(shape=(2,), name="unused")
+
+    def call(self, inputs):
+        return inputs
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run ended with."""
+
+    model: Any
+    history: dict
+    weights: list
+    state: list
+    iterations: int
+
+
+def result_of(model, history):
+    """Reads everything that law 1 compares."""
+    return Result(
+        model,
+        history,
+        [np.asarray(v.numpy(), "float64") for v in model.variables],
+        [np.asarray(v.numpy(), "float64") for v in model.optimizer.variables],
+        int(model.optimizer.iterations),
+    )
+
+
+def fit_large(problem, model=None):
+    """The truth: one batch an update, and no callback."""
+    model = model or build_model(problem)
+    if model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    _densify(model.optimizer)
+    x, y, w = data(problem)
+    history = model.fit(
+        x,
+        y,
+        sample_weight=w,
+        batch_size=problem.micro_batch * problem.steps,
+        **_fit_options(problem),
+    ).history
+    del vars(model.optimizer)["apply"]
+    return result_of(model, history)
+
+
+def fit_micro(problem, model=None, callbacks=None):
+    """The same run in micro-batches, with kaccum."""
+    model = model or build_model(problem)
+    if callbacks is None:
+        callbacks = [GradientAccumulationCallback(problem.steps)]
+    x, y, w = data(problem)
+    options = _fit_options(problem)
+    if problem.unknown_length:
+        options.pop("shuffle")
+        x, y, w = _dataset(problem, x, y, w), None, None
+    else:
+        options["batch_size"] = problem.micro_batch
+    history = model.fit(
+        x, y, sample_weight=w, callbacks=callbacks, **options
+    ).history
+    return result_of(model, history)
+
+
+def differences(micro, large):
+    """Largest relative difference of weights, of optimizer state, of logs."""
+    return (
+        max(map(_difference, micro.weights, large.weights)),
+        max(map(_difference, micro.state, large.state)),
+        max(
+            _difference(np.array(micro.history[k]), np.array(large.history[k]))
+            for k in large.history
+        ),
+    )
+
+
+def assert_same(problem, micro, large):
+    """Law 1, apart from the log where the README excepts it."""
+    bound = tolerance(problem)
+    assert micro.iterations == large.iterations
+    assert micro.history.keys() == large.history.keys()
+    if problem.kind in LOGGED_BY_KERAS:
+        micro.history.pop("loss")
+        large.history.pop("loss")
+    weights, state, logs = differences(micro, large)
+    assert weights <= bound, f"weights differ by {weights:.1e} > {bound:.1e}"
+    # Squares, and squares of differences, double a relative error.
+    assert state <= 8 * bound, f"state differs by {state:.1e} > {8 * bound:.1e}"
+    assert logs <= 4 * bound, f"history differs by {logs:.1e} > {4 * bound:.1e}"
+
+
+def check(problem):
+    """Trains both ways and compares."""
+    assert_same(problem, fit_micro(problem), fit_large(problem))
+
+
+def _difference(a, b):
+    if a.size == 0:
+        return 0.0
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return math.inf
+    scale = np.max(np.abs(b))
+    gap = np.max(np.abs(a - b))
+    return 0.0 if gap == 0 else float(gap / max(scale, 1e-30))
+
+
+def _fit_options(problem):
+    options = {"epochs": problem.epochs, "verbose": 0, "shuffle": False}
+    if problem.kind == "class_weight":
+        options["class_weight"] = {0: 0.5, 1: 2.0, 2: 1.25}
+    if problem.validation:
+        options["validation_data"] = data(problem)[:2]
+        options["validation_batch_size"] = problem.examples
+    return options
+
+
+def _dataset(problem, x, y, w):
+    arrays = (x, y) if w is None else (x, y, w)
+
+    def batches():
+        for start in range(0, len(x), problem.micro_batch):
+            yield tuple(a[start : start + problem.micro_batch] for a in arrays)
+
+    return tf.data.Dataset.from_generator(
+        batches,
+        output_signature=tuple(
+            tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in arrays
+        ),
+    )
+
+
+def _densify(optimizer):
+    """Keras squares sparse gradients row by row: the dense one is the truth."""
+    apply = optimizer.apply
+
+    def dense_apply(grads, trainable_variables=None):
+        grads = [
+            tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g
+            for g in grads
+        ]
+        return apply(grads, trainable_variables)
+
+    vars(optimizer)["apply"] = dense_apply

@@ -1,0 +1,64 @@
+"""Strategies that draw whole problems."""
+
+from hypothesis import strategies as st
+
+from tests.reference import Problem
+
+OPTIMIZERS = [
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "AdamW",
+    "Ftrl",
+    "Lamb",
+    "Lion",
+    "Muon",
+    "Nadam",
+    "RMSprop",
+    "SGD",
+    "ScheduleFreeAdamW",
+]
+KINDS = [
+    "mean",
+    "sample_weight",
+    "class_weight",
+    "mask",
+    "mean_with_sample_weight",
+    "sum",
+    "sum_of_tokens",
+]
+OPTIONS = [
+    (),
+    (("clipnorm", 0.05),),
+    (("clipvalue", 0.01),),
+    (("global_clipnorm", 0.05),),
+    (("weight_decay", 0.1),),
+    (("use_ema", True), ("ema_momentum", 0.8)),
+    (("use_ema", True), ("ema_overwrite_frequency", 2)),
+    (("loss_scale_factor", 8.0),),
+]
+
+
+@st.composite
+def problems(draw, **fixed):
+    """A whole problem; `fixed` fields are not drawn."""
+    drawn = {
+        "examples": draw(st.integers(1, 40)),
+        "micro_batch": draw(st.integers(1, 6)),
+        "steps": draw(st.integers(2, 6)),
+        "epochs": draw(st.integers(1, 2)),
+        "kind": draw(st.sampled_from(KINDS)),
+        "optimizer": draw(st.sampled_from(["Adam", "SGD", "RMSprop"])),
+        "options": draw(st.sampled_from(OPTIONS)),
+        "schedule": draw(st.booleans()),
+        "regularizer": draw(st.sampled_from([None, "l2"])),
+        "constraint": draw(st.sampled_from([None, "unit_norm"])),
+        "execution": draw(st.sampled_from(["graph", "graph", "xla", "eager"])),
+        "steps_per_execution": draw(st.sampled_from([1, 1, 2, 5])),
+        "unknown_length": draw(st.booleans()),
+        "validation": draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+    }
+    return Problem(**{**drawn, **fixed})

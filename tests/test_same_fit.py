@@ -1,0 +1,72 @@
+"""Law 1: N micro-batches are one large batch."""
+
+import hypothesis
+import pytest
+
+from tests.reference import Problem, check
+from tests.strategies import OPTIMIZERS, OPTIONS, problems
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(problems())
+def test_micro_batches_train_as_the_large_batch(problem):
+    """Law 1, for whole problems drawn at random."""
+    check(problem)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(problems(execution="graph", unknown_length=True))
+def test_data_of_unknown_length_trains_as_the_large_batch(problem):
+    """Laws 1 and 4: the end of the data is not known beforehand."""
+    check(problem)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_as_with_the_large_batch(name):
+    """Law 1, for each optimizer of Keras."""
+    check(Problem(optimizer=name))
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=lambda o: o[0][0])
+@pytest.mark.parametrize("execution", ["graph", "xla"])
+def test_every_option_acts_once_an_update(options, execution):
+    """Law 3: clipping, decay, averages and scales see the whole window."""
+    check(Problem(optimizer="SGD", options=options, execution=execution))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": True},
+        {"loss_scale": 1024.0},
+        {"loss_scale": 1024.0, "execution": "xla"},
+        {"loss_scale": 1024.0, "built": False},
+        {"regularizer": "l1_l2"},
+        {"constraint": "max_norm"},
+        {"add_loss": True},
+        {"frozen": True},
+        {"unused": True},
+        {"unused": True, "execution": "eager"},
+        {"built": False},
+        {"built": False, "execution": "xla"},
+        {"kind": "mask", "built": False},
+        {"kind": "sum", "regularizer": "l2"},
+        {"kind": "sum", "regularizer": "l2", "unknown_length": True},
+        {"kind": "sum", "regularizer": "l2", "loss_scale": 64.0},
+        {"steps_per_execution": 2},
+        {"steps_per_execution": 5, "unknown_length": True},
+        {"steps_per_execution": 64, "execution": "xla"},
+        {"steps_per_execution": 5, "execution": "eager"},
+        {"examples": 1},
+        {"examples": 12},
+        {"examples": 13, "validation": True},
+        {"policy": "float64"},
+        {"policy": "bfloat16", "optimizer": "SGD"},
+        {"policy": "mixed_bfloat16", "optimizer": "SGD"},
+        {"policy": "mixed_float16", "optimizer": "SGD"},
+    ],
+    ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()),
+)
+def test_feature_trains_as_with_the_large_batch(fields):
+    """Law 1, feature by feature."""
+    check(Problem(**fields))
