@@ -41,7 +41,7 @@ def test_every_option_acts_once_an_update(options, execution):
         {"loss_scale": 1024.0},
         {"loss_scale": 1024.0, "execution": "xla"},
         {"loss_scale": 1024.0, "built": False},
-        {"regularizer": "l1_l2"},
+        {"regularizer": "l1"},
         {"constraint": "max_norm"},
         {"add_loss": True},
         {"frozen": True},

@@ -1,0 +1,111 @@
+"""The accumulator on plain arrays, against NumPy in float64."""
+
+import hypothesis
+import keras
+import numpy as np
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from kaccum.tensorflow import GradientAccumulator
+
+VARIABLES = [keras.Variable(np.zeros(3, "float32")) for _ in range(2)]
+
+
+def accumulator(seen):
+    """An accumulator whose update appends to `seen`."""
+    return GradientAccumulator(
+        keras.optimizers.SGD(), apply=lambda grads, _: seen.append(grads)
+    )
+
+
+gradients = st.lists(
+    st.floats(-100, 100, width=32, allow_subnormal=False),
+    min_size=3,
+    max_size=3,
+)
+micro_batches = st.tuples(
+    st.floats(0.125, 64, width=32),
+    st.tuples(st.none() | gradients, st.none() | gradients),
+)
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.lists(st.lists(micro_batches, min_size=1), max_size=3))
+def test_an_update_gets_the_weighted_mean(windows):
+    """Laws 2, 4 and 8, window after window."""
+    seen = []
+    sums = accumulator(seen)
+    for window in windows:
+        for weight, grads in window:
+            grads = [None if g is None else tf.constant(g) for g in grads]
+            sums.add(grads, VARIABLES, weight)
+        sums.apply()
+        total = sum(weight for weight, _ in window)
+        for i, gradient in enumerate(seen[-1]):
+            terms = [
+                weight * np.array(grads[i])
+                for weight, grads in window
+                if grads[i] is not None
+            ]
+            if not terms:
+                assert gradient is None
+                continue
+            size = sum(np.abs(t) for t in terms) / total
+            error = np.abs(gradient.numpy() - sum(terms) / total)
+            assert np.all(error <= (len(window) + 4) * 2.0**-23 * size + 1e-30)
+
+
+def test_sums_of_half_precision_are_float32():
+    """Law 9: 512 ones sum to 256 in bfloat16."""
+    seen = []
+    variable = keras.Variable(np.zeros(1), dtype="bfloat16")
+    sums = accumulator(seen)
+    for _ in range(512):
+        sums.add([tf.ones(1, tf.bfloat16)], [variable], None)
+    sums.apply()
+    assert seen[0][0].dtype == tf.bfloat16
+    assert float(seen[0][0][0]) == 512.0
+
+
+def test_sums_of_float64_are_float64():
+    """Law 9: nothing is lost of a double."""
+    seen = []
+    variable = keras.Variable(np.zeros(1), dtype="float64")
+    sums = accumulator(seen)
+    for value in (1.0, 2.0**-40):
+        sums.add([tf.constant([value], tf.float64)], [variable], None)
+    sums.apply()
+    assert float(seen[0][0][0]) == 1.0 + 2.0**-40
+
+
+def test_repeated_rows_of_a_sparse_gradient_add_up():
+    """Law 8: the row that occurs twice counts twice."""
+    seen = []
+    variable = keras.Variable(np.zeros((3, 1), "float32"))
+    sums = accumulator(seen)
+    rows = tf.IndexedSlices(tf.constant([[1.0], [2.0], [4.0]]), [0, 2, 2], [3, 1])
+    sums.add([rows], [variable], 2.0)
+    sums.add([rows], [variable], 2.0)
+    sums.apply()
+    np.testing.assert_array_equal(seen[0][0], [[1.0], [0.0], [6.0]])
+
+
+def test_a_window_without_weight_has_a_gradient_of_zero():
+    """All weights zero: as in the large batch, zero and not NaN."""
+    seen = []
+    sums = accumulator(seen)
+    sums.add([tf.ones(3), None], VARIABLES, 0.0)
+    sums.apply()
+    np.testing.assert_array_equal(seen[0][0], np.zeros(3))
+
+
+def test_variables_that_are_overwritten_get_the_largest_value():
+    """Scales of float8 layers are maxima, which do not add up."""
+    seen = []
+    variable = keras.Variable(np.zeros(1, "float32"))
+    variable.overwrite_with_gradient = True
+    sums = accumulator(seen)
+    for value in (1.0, 3.0, 2.0):
+        sums.add([tf.constant([value])], [variable], 8.0)
+    sums.apply()
+    assert float(seen[0][0][0]) == 3.0

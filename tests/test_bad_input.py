@@ -1,0 +1,113 @@
+"""One clear error for each bad call, and a model left as it was."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from kaccum import GradientAccumulationCallback
+
+RULE = "`steps` must be an integer >= 1. Received: "
+
+
+@pytest.mark.parametrize(
+    "steps, error, received",
+    [
+        (0, ValueError, "steps=0 (int)."),
+        (-1, ValueError, "steps=-1 (int)."),
+        (np.int64(0), ValueError, "steps=np.int64(0) (int64)."),
+        (2.5, TypeError, "steps=2.5 (float)."),
+        (4.0, TypeError, "steps=4.0 (float)."),
+        (True, TypeError, "steps=True (bool)."),
+        ("4", TypeError, "steps='4' (str)."),
+        (None, TypeError, "steps=None (NoneType)."),
+        ([4], TypeError, "steps=[4] (list)."),
+    ],
+    ids=repr,
+)
+def test_bad_steps(steps, error, received):
+    """`steps` is checked before training."""
+    with pytest.raises(error, match=f"^{re.escape(RULE + received)}$"):
+        GradientAccumulationCallback(steps)
+
+
+def test_numpy_integers_are_integers():
+    """`steps` may come out of an array."""
+    steps = GradientAccumulationCallback(np.int32(4)).steps
+    assert steps == 4 and type(steps) is int
+
+
+def fit(optimizer, callbacks):
+    """Fits a model that must be left as it was."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    before = model.get_weights()
+    try:
+        model.fit(x, y, verbose=0, callbacks=callbacks)
+    finally:
+        assert "make_train_function" not in vars(model)
+        assert "get_metrics_result" not in vars(model)
+        assert model.train_function.__name__ == "function"
+        np.testing.assert_array_equal(before[0], model.get_weights()[0])
+
+
+def own_accumulation(name, **options):
+    return getattr(keras.optimizers, name)(
+        gradient_accumulation_steps=2, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: own_accumulation("SGD"),
+        lambda: keras.optimizers.LossScaleOptimizer(own_accumulation("SGD")),
+        lambda: keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(own_accumulation("SGD"))
+        ),
+    ],
+    ids=["plain", "loss-scale", "multi"],
+)
+def test_an_optimizer_that_accumulates_itself(optimizer):
+    """The message names the argument."""
+    with pytest.raises(
+        ValueError,
+        match=r"^The optimizer must not accumulate gradients itself\. Received: "
+        r"SGD with gradient_accumulation_steps=2\. Leave that argument out\.$",
+    ):
+        fit(optimizer(), [GradientAccumulationCallback(2)])
+
+
+def test_two_accumulating_callbacks():
+    """One `fit`, one window."""
+    callbacks = [GradientAccumulationCallback(2) for _ in range(2)]
+    with pytest.raises(
+        RuntimeError,
+        match=r"^Only one callback of a `fit` must accumulate gradients\. "
+        r"Received: a second `GradientAccumulationCallback`\. Remove one\.$",
+    ):
+        fit("sgd", callbacks)
+
+
+def test_a_model_without_an_optimizer():
+    """There is nothing to take over."""
+    with pytest.raises(
+        ValueError,
+        match=r"^The model must have an optimizer to accumulate gradients for\. "
+        r"Received: optimizer=None\. Pass one to `compile`\.$",
+    ):
+        fit(None, [GradientAccumulationCallback(2)])
+
+
+def test_another_backend(monkeypatch):
+    """TensorFlow only, for now."""
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(
+        RuntimeError,
+        match=r"^`GradientAccumulationCallback` must run on Keras's TensorFlow "
+        r"backend\. Received: backend='jax'\. Set the environment variable "
+        r"`KERAS_BACKEND=tensorflow`\.$",
+    ):
+        GradientAccumulationCallback(2).on_train_begin()

@@ -1,0 +1,76 @@
+"""What the README and the docstrings say is what happens."""
+
+import contextlib
+import io
+import pathlib
+import re
+import textwrap
+
+import pytest
+
+from kaccum import GradientAccumulationCallback, __main__
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.rst").read_text()
+
+
+def run(program):
+    """What a program prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program, "example", "exec"), {})
+    return printed.getvalue().strip()
+
+
+def test_the_readmes_program_prints_what_it_says():
+    """The first program of the README, and the output below it."""
+    blocks = re.findall(r"\.\. code-block:: \w+\n\n((?:    .*\n|\n)+)", README)
+    program, output = (textwrap.dedent(b) for b in blocks[1:3])
+    assert run(program) == output.strip()
+
+
+def test_the_docstrings_example_prints_what_it_says():
+    """The comment behind a `print` is its output."""
+    doc = textwrap.dedent(GradientAccumulationCallback.__doc__)
+    program = re.search(r"```python\n(.*?)```", doc, re.S).group(1)
+    expected = re.search(r"print\(.*\)  # (\S+):", program).group(1)
+    assert run(program).splitlines()[-1] == expected
+
+
+def test_every_test_that_the_readme_names_exists():
+    """Each law names its test."""
+    names = re.findall(r"``(test_\w+)``", README)
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    assert len(names) >= 10
+    assert [n for n in names if f"def {n}(" not in tests] == []
+
+
+def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
+    """`python -m kaccum` exits with 0 and draws."""
+    path = tmp_path / "plot.png"
+    options = ["--epochs", "1", "--batch-size", "256", "--plot", str(path)]
+    assert __main__.main(options) == 0
+    assert "kaccum's run is the large-batch run" in capsys.readouterr().out
+    assert path.stat().st_size > 1000
+
+
+def test_the_main_job_finds_another_run(monkeypatch, capsys):
+    """`python -m kaccum` exits with 1 where the runs differ."""
+    monkeypatch.setattr(__main__, "KACCUM", __main__.KERAS)
+    assert __main__.main(["--epochs", "1", "--batch-size", "256"]) == 1
+    assert "kaccum's run is NOT the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps must be >= 1"),
+        (["--steps", "3"], "--batch-size must be a multiple of --steps"),
+    ],
+    ids=["none", "indivisible"],
+)
+def test_the_main_job_checks_its_options(arguments, message, capsys):
+    """A bad option is named."""
+    with pytest.raises(SystemExit):
+        __main__.main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,369 @@
+"""Laws 3 to 10: what happens inside a window, at its end, and afterwards."""
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from kaccum import GradientAccumulationCallback
+from kaccum.session import Session
+from kaccum.window import Window
+from tests import reference
+from tests.reference import Problem, build_model, data, fit_micro
+from tests.strategies import problems
+
+
+class Recorder(keras.callbacks.Callback):
+    """Keeps the state of model and optimizer at each batch and epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.epochs, self.validations = [], [], []
+
+    def state(self):
+        optimizer = self.model.optimizer
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        variables = [*self.model.trainable_variables, *inner.variables]
+        return [v.numpy() for v in variables]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(self.state())
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(int(self.model.optimizer.iterations))
+
+    def on_test_begin(self, logs=None):
+        self.validations.append(int(self.model.optimizer.iterations))
+
+
+class Raise(keras.callbacks.Callback):
+    """Raises at a batch, or stops the training there."""
+
+    def __init__(self, batch, error=None):
+        super().__init__()
+        self.batch, self.error = batch, error
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == self.batch:
+            if self.error is not None:
+                raise self.error
+            self.model.stop_training = True
+
+
+def is_equal(a, b):
+    return all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+def test_nothing_changes_inside_a_window(execution):
+    """Law 3: bit for bit equal inside, changed at the end."""
+    problem = Problem(
+        execution=execution,
+        optimizer="AdamW",
+        options=(("use_ema", True), ("weight_decay", 0.1)),
+        constraint="unit_norm",
+        epochs=1,
+    )
+    recorder = Recorder()
+    callbacks = [GradientAccumulationCallback(3), recorder]
+    fit_micro(problem, callbacks=callbacks)
+    for i in range(1, len(recorder.batches)):
+        before, after = recorder.batches[i - 1], recorder.batches[i]
+        assert is_equal(before, after) == ((i + 1) % 3 != 0), i
+
+
+def test_overflow_skips_one_update_and_halves_the_scale_once():
+    """Law 3: an overflow in any micro-batch counts once a window."""
+    problem = Problem(loss_scale=1024.0, epochs=1, examples=24)
+    x, y, _ = data(problem)
+    x[5] = np.inf
+    model, twin = build_model(problem), build_model(problem)
+    recorder = Recorder()
+    model.fit(
+        x,
+        y,
+        batch_size=4,
+        shuffle=False,
+        verbose=0,
+        callbacks=[recorder, GradientAccumulationCallback(3)],
+    )
+    twin.fit(x, y, batch_size=12, shuffle=False, verbose=0)
+    assert float(model.optimizer.dynamic_scale.numpy()) == 512.0
+    assert float(twin.optimizer.dynamic_scale.numpy()) == 512.0
+    assert int(model.optimizer.iterations) == 1
+    assert int(twin.optimizer.iterations) == 1
+    assert is_equal(recorder.batches[0], recorder.batches[4])
+    np.testing.assert_allclose(
+        model.get_weights()[0], twin.get_weights()[0], rtol=1e-5
+    )
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(problems(execution="graph", validation=True, kind="mean"))
+def test_an_epoch_ends_with_no_open_window(problem):
+    """Law 4: the short window is applied before validation and callbacks."""
+    recorder = Recorder()
+    callbacks = [recorder, GradientAccumulationCallback(problem.steps)]
+    fit_micro(problem, callbacks=callbacks)
+    window = problem.micro_batch * problem.steps
+    updates = -(-problem.examples // window)
+    expected = [updates * (e + 1) for e in range(problem.epochs)]
+    assert recorder.epochs == expected
+    assert recorder.validations == expected
+
+
+def test_a_stopped_epoch_ends_with_no_open_window():
+    """Law 4: also where a callback stops the epoch inside a window."""
+    recorder = Recorder()
+    callbacks = [recorder, Raise(4), GradientAccumulationCallback(3)]
+    fit_micro(Problem(validation=True), callbacks=callbacks)
+    assert recorder.validations == recorder.epochs == [2]
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_steps_per_epoch_ends_a_window(steps_per_execution):
+    """Law 4: an endless generator is cut by `steps_per_epoch`."""
+    problem = Problem(steps_per_execution=steps_per_execution, examples=8)
+    x, y, _ = data(problem)
+
+    def endless(size):
+        while True:
+            yield x[:size], y[:size]
+
+    model, twin = build_model(problem), build_model(problem)
+    model.fit(
+        endless(4),
+        steps_per_epoch=4,
+        epochs=2,
+        verbose=0,
+        callbacks=[GradientAccumulationCallback(3)],
+    )
+    assert int(model.optimizer.iterations) == 4
+    # Windows of 12 and 4 of the same examples: all updates are equal.
+    twin.fit(endless(4), steps_per_epoch=2, epochs=2, verbose=0)
+    np.testing.assert_allclose(
+        model.get_weights()[0], twin.get_weights()[0], rtol=1e-5
+    )
+
+
+def test_a_py_dataset_trains_as_the_large_batch():
+    """Laws 1 and 4, for Keras's own data sets."""
+    problem = Problem()
+    x, y, _ = data(problem)
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4]
+
+    model = build_model(problem)
+    history = model.fit(
+        Batches(),
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[GradientAccumulationCallback(3)],
+    ).history
+    micro = reference.result_of(model, history)
+    reference.assert_same(problem, micro, reference.fit_large(problem))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_an_interrupted_fit_leaves_nothing_behind(error, is_first):
+    """Law 5: the next uses of the model know nothing of the open window."""
+    problem = Problem(epochs=1)
+    x, y, _ = data(problem)
+    model = build_model(problem)
+    callbacks = [GradientAccumulationCallback(3), Raise(4, error)]
+    with pytest.raises(type(error)):
+        fit_micro(problem, model, callbacks[:: 1 if is_first else -1])
+    before = model.get_weights()
+    model.evaluate(x, y, verbose=0)
+    assert is_equal(before, model.get_weights())
+    twin = build_model(problem)
+    twin.optimizer.build(twin.trainable_variables)
+    twin.set_weights(before)
+    for mine, other in zip(model.optimizer.variables, twin.optimizer.variables):
+        other.assign(mine)
+    for plain in (model, twin):
+        plain.train_on_batch(x[:4], y[:4])
+        plain.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    assert is_equal(model.get_weights(), twin.get_weights())
+    micro, large = fit_micro(problem, model), reference.fit_large(problem, twin)
+    reference.assert_same(problem, micro, large)
+
+
+def test_an_error_inside_the_step_gives_the_model_back_at_once():
+    """Law 5: an exception from the model's own code."""
+
+    class Failing(keras.layers.Layer):
+        def call(self, inputs):
+            raise ValueError("from the layer")
+
+    model = keras.Sequential([Failing(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="from the layer"):
+        model.fit(
+            np.ones((4, 2)),
+            np.ones((4, 1)),
+            verbose=0,
+            callbacks=[GradientAccumulationCallback(2)],
+        )
+    assert Session.running(model) is None
+    assert "make_train_function" not in vars(model)
+
+
+def test_a_callback_may_train_on_a_batch_of_its_own():
+    """Law 5: `train_on_batch` in a callback is plain, and fit goes on."""
+    problem = Problem(epochs=1)
+    x, y, _ = data(problem)
+
+    class Trains(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.train_on_batch(x[:4], y[:4])
+            self.model.train_on_batch(x[:4], y[:4])
+
+    problem = Problem(epochs=2)
+    callbacks = [GradientAccumulationCallback(3), Trains()]
+    result = fit_micro(problem, callbacks=callbacks)
+    assert result.iterations == 2 * (2 + 2)
+
+
+def test_saved_models_are_plain(tmp_path):
+    """Law 6: files saved while and after accumulating hold nothing of it."""
+    path = str(tmp_path / "{epoch}.keras")
+    problem = Problem()
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(path),
+        GradientAccumulationCallback(3),
+    ]
+    result = fit_micro(problem, callbacks=callbacks)
+    loaded = keras.saving.load_model(path.format(epoch=2))
+    assert is_equal(loaded.get_weights(), result.model.get_weights())
+    assert int(loaded.optimizer.iterations) == result.iterations
+    for mine, other in zip(
+        result.model.optimizer.variables,
+        loaded.optimizer.variables,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine.numpy(), other.numpy())
+
+
+def test_steps_of_one_is_a_plain_fit():
+    """Law 7: bit for bit."""
+    problem = Problem(steps=1)
+    plain = fit_micro(problem, callbacks=[])
+    result = fit_micro(problem)
+    assert is_equal(plain.weights, result.weights)
+    assert plain.history == result.history
+
+
+def test_a_variable_gets_the_gradients_there_are():
+    """Law 8: some micro-batches, or all, have no gradient for a variable."""
+
+    class Sometimes(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.always = keras.layers.Dense(1)
+            self.sometimes = keras.layers.Dense(1)
+
+        def build(self, shape):
+            self.always.build(shape)
+            self.sometimes.build(shape)
+
+        def call(self, x):
+            out = self.always(x)
+            if float(tf.reduce_max(x)) > 5:
+                out = out + self.sometimes(x)
+            return out
+
+    def trained(batch_size, callbacks):
+        keras.utils.set_random_seed(0)
+        model = Sometimes()
+        model.build((None, 2))
+        model.compile(keras.optimizers.Adam(0.1), "mse", run_eagerly=True)
+        model.optimizer.build(model.trainable_variables)
+        weights = []
+        log = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda *_: weights.append(model.get_weights())
+        )
+        model.fit(
+            x,
+            np.ones((8, 1)),
+            batch_size=batch_size,
+            shuffle=False,
+            verbose=0,
+            callbacks=[log, *callbacks],
+        )
+        return weights
+
+    # The first window has no gradient for `sometimes`, the second has one.
+    x = np.linspace(0.1, 1, 16).reshape(8, 2)
+    x[6:] = 6.0
+    weights = trained(2, [GradientAccumulationCallback(2)])
+    assert np.array_equal(weights[0][2], weights[2][2])
+    assert not np.array_equal(weights[2][2], weights[3][2])
+    x[:] = 6.0
+    np.testing.assert_allclose(
+        trained(2, [GradientAccumulationCallback(2)])[-1][2],
+        trained(4, [])[-1][2],
+        rtol=1e-5,
+    )
+
+
+def test_nothing_is_compiled_twice():
+    """Law 10: not in a second fit, not with other steps, nor a short window."""
+    traces = []
+
+    class Counting(keras.Model):
+        def train_step(self, data):
+            traces.append(1)
+            return super().train_step(data)
+
+    inputs = keras.Input((reference.FEATURES,))
+    model = Counting(inputs, keras.layers.Dense(reference.CLASSES)(inputs))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x, y, _ = data(Problem())
+
+    def fit(steps, n=22):
+        callback = GradientAccumulationCallback(steps)
+        options = {"batch_size": 4, "verbose": 0, "callbacks": [callback]}
+        model.fit(x[:n], y[:n], epochs=2, **options)
+
+    fit(3)
+    first = len(traces)
+    fit(3)
+    fit(2)
+    fit(5, 17)
+    assert len(traces) == first
+    model.compile("adam", "sparse_categorical_crossentropy")
+    fit(3)
+    assert len(traces) > first
+
+
+def test_the_sums_are_freed_after_fit():
+    """The sums take memory only while a fit runs."""
+    result = fit_micro(Problem())
+    session = Session.of(result.model)
+    for accumulator in session._engine._accumulators:
+        for total in accumulator._sums.values():
+            assert tf.size(total.read_value()) == 0
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.integers(1, 9), st.lists(st.integers(1, 7), max_size=9))
+def test_windows_close_every_so_many_micro_batches(steps, executions):
+    """Law 4: however the micro-batches are taken."""
+    window, closed = Window(steps), []
+    for count in executions:
+        closed += window.closes(count)
+        window.advance(count)
+    assert [i for i, c in enumerate(closed) if c] == list(
+        range(steps - 1, len(closed), steps)
+    )
+    assert window.is_open == (len(closed) % steps != 0)

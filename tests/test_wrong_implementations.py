@@ -1,0 +1,124 @@
+"""Tests of the tests: wrong implementations must not pass."""
+
+import dataclasses
+
+import pytest
+import tensorflow as tf
+
+from kaccum import callback as callback_module
+from kaccum import weights
+from kaccum.session import Session
+from kaccum.tensorflow import Engine, GradientAccumulator
+from tests.reference import Problem, assert_same, check, fit_large, fit_micro
+
+
+def divides_by_steps(monkeypatch):
+    """Every micro-batch counts the same, and the window is always full."""
+    monkeypatch.setattr(
+        weights, "weight_of", lambda *_: tf.constant(1.0 / Problem().steps)
+    )
+    real = GradientAccumulator._window_gradients
+
+    def window_gradients(self):
+        self._weight.assign(1.0)
+        return real(self)
+
+    monkeypatch.setattr(
+        GradientAccumulator, "_window_gradients", window_gradients
+    )
+
+
+def weighs_all_the_same(monkeypatch):
+    """A mean of means."""
+    monkeypatch.setattr(weights, "weight_of", lambda *_: tf.constant(1.0))
+
+
+def drops_the_short_window(monkeypatch):
+    """The end of every epoch is lost."""
+
+    def close_window(self):
+        self._window.reset()
+        for accumulator in self._engine._accumulators:
+            accumulator.reset()
+
+    monkeypatch.setattr(Session, "close_window", close_window)
+
+
+def leaks_the_short_window(monkeypatch):
+    """A window spans two epochs."""
+    monkeypatch.setattr(Session, "close_window", lambda self: None)
+
+
+def applies_twice(monkeypatch):
+    """Two updates a window."""
+    real = GradientAccumulator.apply
+
+    def apply(self):
+        self._apply(self._window_gradients(), self._variables)
+        return real(self)
+
+    monkeypatch.setattr(GradientAccumulator, "apply", apply)
+
+
+def leaves_the_sums_uncleared(monkeypatch):
+    """A window's gradient goes into the next one's."""
+    monkeypatch.setattr(GradientAccumulator, "reset", lambda self: None)
+
+
+def updates_every_micro_batch(monkeypatch):
+    """No accumulation at all."""
+    monkeypatch.setattr(
+        callback_module.Window, "closes", lambda self, count: [True] * count
+    )
+
+
+def hears_no_loss(monkeypatch):
+    """Weighs masked micro-batches by their examples."""
+    monkeypatch.setattr(
+        Engine, "_on_loss", lambda self, real, *a, **k: real(*a, **k)
+    )
+
+
+WRONG = [
+    divides_by_steps,
+    weighs_all_the_same,
+    drops_the_short_window,
+    leaks_the_short_window,
+    applies_twice,
+    leaves_the_sums_uncleared,
+    updates_every_micro_batch,
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: w.__name__)
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_wrong_implementation_is_caught(wrong, optimizer, monkeypatch):
+    """The check that all laws rest on can fail."""
+    wrong(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(Problem(optimizer=optimizer, epochs=3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["mask", "mean_with_sample_weight", "sum", "sum_of_tokens"]
+)
+def test_a_wrong_weight_is_caught(kind, monkeypatch):
+    """Law 2 is what these problems test."""
+    hears_no_loss(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(Problem(kind=kind, optimizer="SGD"))
+
+
+def test_regularizers_that_count_every_micro_batch_are_caught(monkeypatch):
+    """Law 2: under a sum, a term without data counts once a window."""
+    monkeypatch.setattr(Engine, "_regularizers", lambda self, step: [])
+    with pytest.raises(AssertionError):
+        check(Problem(kind="sum", regularizer="l2", optimizer="SGD"))
+
+
+def test_the_oracle_tells_problems_apart():
+    """Other data, other weights: the comparison is not of a thing and itself."""
+    problem = Problem()
+    other = dataclasses.replace(problem, examples=21)
+    with pytest.raises(AssertionError):
+        assert_same(problem, fit_micro(other), fit_large(problem))
