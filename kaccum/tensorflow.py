@@ -99,18 +99,14 @@ class GradientAccumulator:
     def reset(self) -> None:
         """Empties the sums: the open window is forgotten."""
         for total in [self._weight, *self._sums.values()]:
-            total.assign(tf.zeros(total.shape, total.dtype))
+            _assign(total, tf.zeros(total.shape, total.dtype))
         if tf.executing_eagerly():
             self._in_window.clear()
 
     def release(self) -> None:
         """Frees the memory of the sums. `reset` takes it again."""
         for total in self._sums.values():
-            # A variable's handle outlives its value, so what was compiled with
-            # the sums stays valid.
-            tf.raw_ops.AssignVariableOp(
-                resource=total.handle, value=tf.zeros([0], total.dtype)
-            )
+            _assign(total, tf.zeros([0], total.dtype))
         self._in_window.clear()
 
     def count_once(self, terms: list[Callable[[], Any]]) -> None:
@@ -171,6 +167,12 @@ def _new_sum(shape: Any, dtype: tf.DType, *, device: str) -> tf.Variable:
     thread.start()
     thread.join()
     return made[0]
+
+
+def _assign(total: tf.Variable, value: tf.Tensor) -> None:
+    # `Variable.assign` insists on the shape. A variable's handle outlives its
+    # value, so what was compiled with an emptied sum stays valid.
+    tf.raw_ops.AssignVariableOp(resource=total.handle, value=value)
 
 
 def _sum_dtype(dtype: Any) -> tf.DType:

@@ -50,11 +50,12 @@ def device(request):
 def nothing_stays_patched():
     """Fails a test that leaves a model, optimizer or loss patched."""
     yield
-    for model in list(reference.MODELS):
+    models = list(reference.MODELS)
+    reference.MODELS.clear()
+    for model in models:
         assert Session.running(model) is None, "a model stayed patched"
         assert "make_train_function" not in vars(model)
         assert "apply" not in vars(model.optimizer or model)
-    reference.MODELS.clear()
     assert weights.loss_module.reduce_weighted_values.__module__ != (
         weights.__name__
     ), "the losses still report"

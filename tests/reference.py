@@ -29,7 +29,7 @@ class Problem:
     "mean_with_sample_weight", "sum", "sum_of_tokens".
     """
 
-    examples: int = 22
+    examples: int = 18
     micro_batch: int = 4
     steps: int = 3
     epochs: int = 2
