@@ -83,7 +83,8 @@ def test_repeated_rows_of_a_sparse_gradient_add_up():
     seen = []
     variable = keras.Variable(np.zeros((3, 1), "float32"))
     sums = accumulator(seen)
-    rows = tf.IndexedSlices(tf.constant([[1.0], [2.0], [4.0]]), [0, 2, 2], [3, 1])
+    values = tf.constant([[1.0], [2.0], [4.0]])
+    rows = tf.IndexedSlices(values, [0, 2, 2], [3, 1])
     sums.add([rows], [variable], 2.0)
     sums.add([rows], [variable], 2.0)
     sums.apply()

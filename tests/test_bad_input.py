@@ -74,8 +74,8 @@ def test_an_optimizer_that_accumulates_itself(optimizer):
     """The message names the argument."""
     with pytest.raises(
         ValueError,
-        match=r"^The optimizer must not accumulate gradients itself\. Received: "
-        r"SGD with gradient_accumulation_steps=2\. Leave that argument out\.$",
+        match=r"^The optimizer must not accumulate gradients itself\. "
+        r"Received: SGD with gradient_accumulation_steps=2\. Leave that argument out\.$",
     ):
         fit(optimizer(), [GradientAccumulationCallback(2)])
 
@@ -95,8 +95,8 @@ def test_a_model_without_an_optimizer():
     """There is nothing to take over."""
     with pytest.raises(
         ValueError,
-        match=r"^The model must have an optimizer to accumulate gradients for\. "
-        r"Received: optimizer=None\. Pass one to `compile`\.$",
+        match=r"^The model must have an optimizer to accumulate gradients "
+        r"for\. Received: optimizer=None\. Pass one to `compile`\.$",
     ):
         fit(None, [GradientAccumulationCallback(2)])
 

@@ -126,8 +126,9 @@ class Normalizing(keras.optimizers.SGD):
     """Changes the gradients before they are applied, not linearly."""
 
     def apply_gradients(self, grads_and_vars):
-        pairs = [(tf.sign(g) * tf.sqrt(tf.abs(g)), v) for g, v in grads_and_vars]
-        return super().apply_gradients(pairs)
+        return super().apply_gradients(
+            [(tf.sign(g) * tf.sqrt(tf.abs(g)), v) for g, v in grads_and_vars]
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_multi_optimizer_trains_as_the_large_batch():
 
 
 def two_outputs(losses, **options):
-    inputs = {"a": keras.Input((4,), name="a"), "b": keras.Input((4,), name="b")}
+    inputs = {name: keras.Input((4,), name=name) for name in ("a", "b")}
     both = keras.layers.Concatenate()([inputs["a"], inputs["b"]])
     outputs = {
         "p": keras.layers.Dense(2, name="p")(both),

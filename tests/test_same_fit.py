@@ -64,6 +64,7 @@ def test_every_option_acts_once_an_update(options, execution):
         {"policy": "bfloat16", "optimizer": "SGD"},
         {"policy": "mixed_bfloat16", "optimizer": "SGD"},
         {"policy": "mixed_float16", "optimizer": "SGD"},
+        {"policy": "mixed_float16", "optimizer": "SGD", "loss_scale": 256.0},
     ],
     ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()),
 )

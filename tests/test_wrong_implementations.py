@@ -117,7 +117,7 @@ def test_regularizers_that_count_every_micro_batch_are_caught(monkeypatch):
 
 
 def test_the_oracle_tells_problems_apart():
-    """Other data, other weights: the comparison is not of a thing and itself."""
+    """Other data, other weights: nothing is compared with itself."""
     problem = Problem()
     other = dataclasses.replace(problem, examples=21)
     with pytest.raises(AssertionError):
