@@ -1,25 +1,18 @@
 """Strategies that draw whole problems."""
 
+import keras
 from hypothesis import strategies as st
 
 from tests.reference import Problem
 
-OPTIMIZERS = [
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "Adamax",
-    "AdamW",
-    "Ftrl",
-    "Lamb",
-    "Lion",
-    "Muon",
-    "Nadam",
-    "RMSprop",
-    "SGD",
-    "ScheduleFreeAdamW",
-]
+# Every optimizer of the installed Keras but those that wrap others.
+OPTIMIZERS = sorted(
+    name
+    for name, value in vars(keras.optimizers).items()
+    if isinstance(value, type)
+    and issubclass(value, keras.optimizers.Optimizer)
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+)
 KINDS = [
     "mean",
     "sample_weight",

@@ -149,6 +149,9 @@ def test_custom_optimizers_see_one_window(optimizer):
     assert_same_training(lambda: small(optimizer=optimizer(learning_rate=0.02)))
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="newer Keras only"
+)
 def test_multi_optimizer_trains_as_the_large_batch():
     """Law 1, for an optimizer made of several."""
 
