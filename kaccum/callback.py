@@ -28,9 +28,12 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     Raises:
         TypeError: If `steps` is not an integer.
         ValueError: If `steps` is below 1. When `fit` starts: if the model has
-            no optimizer, or one with `gradient_accumulation_steps`.
+            no optimizer, or one with `gradient_accumulation_steps`. In the
+            first step: if some losses are means and others sums.
         RuntimeError: When `fit` starts: if another callback accumulates
-            already, or Keras runs on another backend than TensorFlow.
+            already, Keras runs on another backend than TensorFlow, or a
+            `tf.distribute` strategy has several replicas. In the first step:
+            if the model's `train_step` never applies gradients.
 
     Example:
 
@@ -90,6 +93,14 @@ def _check_model(model: keras.Model) -> None:
         raise RuntimeError(
             "Only one callback of a `fit` must accumulate gradients. "
             "Received: a second `GradientAccumulationCallback`. Remove one."
+        )
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise RuntimeError(
+            "The model must train on one device for its gradients to be "
+            f"accumulated exactly. Received: a {replicas}-replica "
+            f"{type(model.distribute_strategy).__name__}. Build the model "
+            "outside of a strategy's scope."
         )
     if model.optimizer is None:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 # Where a loss is reduced to a number: the only place that sees the per-example
-# values, the sample weights and the mask together (Keras 3.0 to 3.15).
+# values, the sample weights and the mask together (Keras 3.5 to 3.15).
 from keras.src.losses import loss as loss_module
 
 __all__ = [
@@ -24,7 +24,7 @@ def compiled_loss(model: keras.Model) -> Any:
     """The object that `compile(loss=...)` made, or `None`.
 
     `model.loss` is what the user passed; the object that calls it has no public
-    name (Keras 3.0 to 3.15).
+    name (Keras 3.5 to 3.15).
     """
     return model._compile_loss
 
@@ -32,7 +32,7 @@ def compiled_loss(model: keras.Model) -> Any:
 def variables_of(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     """The variables that a bare `optimizer.apply(gradients)` updates.
 
-    They are kept since `build` and have no public name (Keras 3.0 to 3.15).
+    They are kept since `build` and have no public name (Keras 3.5 to 3.15).
     """
     return list(optimizer._trainable_variables)
 
@@ -43,7 +43,7 @@ def asked_by_fit() -> bool:
     `fit` asks the model for its metrics once an epoch, right after the last
     batch (also when a callback stopped the epoch) and before validation and
     `on_epoch_end`. `evaluate` asks too, from the same helper, so only the stack
-    tells them apart (`_get_metrics_result_or_logs`, Keras 3.4 to 3.15).
+    tells them apart (`_get_metrics_result_or_logs`, Keras 3.5 to 3.15).
     """
     asking = sys._getframe(2)
     if asking.f_code.co_name == "_get_metrics_result_or_logs":

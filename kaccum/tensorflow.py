@@ -181,7 +181,7 @@ def _sum_dtype(dtype: Any) -> tf.DType:
 
 
 def _is_overwritten(variable: Any) -> bool:
-    # The "gradients" of float8 scales are their new values (Keras 3.3).
+    # The "gradients" of float8 scales are their new values (Keras 3.15).
     return getattr(variable, "overwrite_with_gradient", False)
 
 

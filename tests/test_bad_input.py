@@ -1,6 +1,7 @@
 """One clear error for each bad call, and a model left as it was."""
 
 import re
+import types
 
 import keras
 import numpy as np
@@ -118,3 +119,20 @@ def test_another_backend(monkeypatch):
         r"`KERAS_BACKEND=tensorflow`\.$",
     ):
         GradientAccumulationCallback(2).on_train_begin()
+
+
+def test_several_replicas():
+    """Refused, not computed wrongly."""
+
+    class Mirrored(keras.Sequential):
+        distribute_strategy = types.SimpleNamespace(num_replicas_in_sync=2)
+
+    callback = GradientAccumulationCallback(2)
+    callback.set_model(Mirrored())
+    with pytest.raises(
+        RuntimeError,
+        match=r"^The model must train on one device for its gradients to be "
+        r"accumulated exactly\. Received: a 2-replica SimpleNamespace\. Build "
+        r"the model outside of a strategy's scope\.$",
+    ):
+        callback.on_train_begin()

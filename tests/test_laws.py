@@ -357,6 +357,19 @@ def test_the_sums_are_freed_after_fit():
             assert tf.size(total.read_value()) == 0
 
 
+def test_a_step_holds_no_conditional(monkeypatch):
+    """XLA copies every variable that a conditional might write."""
+
+    def cond(*_, **__):
+        raise AssertionError("a conditional")
+
+    monkeypatch.setattr(tf, "cond", cond)
+    fit_micro(Problem(optimizer="SGD"))
+    # Keras's own loss scaling has one, so this test can fail.
+    with pytest.raises(AssertionError, match="a conditional"):
+        fit_micro(Problem(optimizer="SGD", loss_scale=64.0))
+
+
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(st.integers(1, 9), st.lists(st.integers(1, 7), max_size=9))
 def test_windows_close_every_so_many_micro_batches(steps, executions):
