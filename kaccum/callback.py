@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kaccum.keras_private import callbacks_of_fit
 from kaccum.session import Session
 from kaccum.window import Window
 
@@ -33,7 +34,8 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         RuntimeError: When `fit` starts: if another callback accumulates
             already, Keras runs on another backend than TensorFlow, or a
             `tf.distribute` strategy has several replicas. In the first step:
-            if the model's `train_step` never applies gradients.
+            if the model's `train_step` never applies gradients, or applies
+            some by another optimizer.
 
     Example:
 
@@ -58,6 +60,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes the training step of the model over."""
+        _check_callbacks(callbacks_of_fit())
         _check_model(self.model)
         if self.steps > 1:
             self._session = Session.of(self.model)
@@ -80,19 +83,22 @@ def _checked_steps(steps: Any) -> int:
     return int(steps)
 
 
+def _check_callbacks(callbacks: list[keras.callbacks.Callback]) -> None:
+    kind = GradientAccumulationCallback
+    count = sum(isinstance(callback, kind) for callback in callbacks)
+    if count > 1:
+        raise RuntimeError(
+            "Only one callback of a `fit` must accumulate gradients. "
+            f"Received: {count} of `{kind.__name__}`. Keep one."
+        )
+
+
 def _check_model(model: keras.Model) -> None:
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
             "`GradientAccumulationCallback` must run on Keras's TensorFlow "
             f"backend. Received: backend={keras.backend.backend()!r}. Set the "
             "environment variable `KERAS_BACKEND=tensorflow`."
-        )
-    running = Session.running(model)
-    if running is not None:
-        running.give_back()
-        raise RuntimeError(
-            "Only one callback of a `fit` must accumulate gradients. "
-            "Received: a second `GradientAccumulationCallback`. Remove one."
         )
     replicas = model.distribute_strategy.num_replicas_in_sync
     if replicas > 1:

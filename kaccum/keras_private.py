@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import keras
@@ -12,7 +14,8 @@ import keras
 from keras.src.losses import loss as loss_module
 
 __all__ = [
-    "asked_by_fit",
+    "asked_by",
+    "callbacks_of_fit",
     "compiled_loss",
     "is_inside_fit",
     "loss_module",
@@ -37,32 +40,53 @@ def variables_of(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     return list(optimizer._trainable_variables)
 
 
-def asked_by_fit() -> bool:
-    """Whether the caller of the caller is Keras's `fit`.
+def asked_by(name: str, model: keras.Model) -> bool:
+    """Whether the caller's caller is the method `name` of `model`.
 
     `fit` asks the model for its metrics once an epoch, right after the last
     batch (also when a callback stopped the epoch) and before validation and
     `on_epoch_end`. `evaluate` asks too, from the same helper, so only the stack
     tells them apart (`_get_metrics_result_or_logs`, Keras 3.5 to 3.15).
     """
-    asking = sys._getframe(2)
-    if asking.f_code.co_name == "_get_metrics_result_or_logs":
-        asking = asking.f_back or asking
-    return asking.f_code.co_name == "fit"
+    frame: FrameType | None = sys._getframe(2)
+    if frame and frame.f_code.co_name == "_get_metrics_result_or_logs":
+        frame = frame.f_back
+    return _is_method(frame, name, model)
 
 
 def is_inside_fit(model: keras.Model) -> bool:
-    """Whether the caller of the caller was itself called while `model` fits.
+    """Whether the caller's caller was itself called while `model` fits.
 
     A callback may train the model on a batch of its own. A `fit` that asks is
     a new one: what went before it was interrupted. Only the stack knows.
     """
-    frame = sys._getframe(2)
-    if frame.f_code.co_name == "fit":
+    frame: FrameType | None = sys._getframe(2)
+    if _is_method(frame, "fit", model):
         return False
-    while frame.f_back is not None:
+    return any(_is_method(f, "fit", model) for f in _upwards(frame))
+
+
+def callbacks_of_fit() -> list[keras.callbacks.Callback]:
+    """The callbacks of the `fit` that calls a callback's hook.
+
+    A callback is not told of the others (Keras 3.5 to 3.15).
+    """
+    for frame in _upwards(sys._getframe(1)):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, keras.callbacks.CallbackList):
+            return list(owner.callbacks)
+    return []
+
+
+def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-        is_fit = frame.f_code.co_name == "fit"
-        if is_fit and frame.f_locals.get("self") is model:
-            return True
-    return False
+
+
+def _is_method(frame: FrameType | None, name: str, model: Any) -> bool:
+    return (
+        frame is not None
+        and frame.f_code.co_name == name
+        and frame.f_locals.get("self") is model
+    )

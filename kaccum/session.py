@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from kaccum.keras_private import asked_by_fit, is_inside_fit
+from kaccum.keras_private import asked_by, is_inside_fit
 from kaccum.patches import Patch
 from kaccum.window import Window
 
@@ -58,11 +58,10 @@ class Session:
             vars(plain)["kaccum_session"] = session
         return session
 
-    @staticmethod
-    def running(model: keras.Model) -> Session | None:
-        """The session that has taken `model` over, if one has."""
-        owner = getattr(model.train_function, "__self__", None)
-        return owner if isinstance(owner, Session) else None
+    @property
+    def is_installed(self) -> bool:
+        """Whether the model is taken over."""
+        return any(patch.is_installed for patch in self._patches)
 
     def take_over(self, window: Window) -> None:
         """Makes the model's next training steps accumulate.
@@ -103,16 +102,30 @@ class Session:
 
     def _get_metrics_result(self) -> Any:
         # The one call between an epoch's last batch and validation.
-        if asked_by_fit():
+        if asked_by("fit", self._model):
             self.close_window()
         return self._get_plain_metrics()
 
     def _make_train_function(self, force: bool = False) -> Any:
-        if is_inside_fit(self._model):
+        if not is_inside_fit(self._model):
+            # A new `fit` or `train_on_batch`: ours ended without
+            # `on_train_end`.
+            self.give_back()
+            return self._make_plain(force=force)
+        if asked_by("train_on_batch", self._model):
             return self._lend_plain_function(force)
-        # A new `fit` or `train_on_batch`: ours ended without `on_train_end`.
+        if force:
+            self._start_anew()
+        return self._model.train_function
+
+    def _start_anew(self) -> None:
+        """Compiles again, as a callback that changed the model asks for."""
+        self.close_window()
         self.give_back()
-        return self._make_plain(force=force)
+        self._make_plain(force=True)
+        self._plain = self._model.train_function
+        self._engine = type(self._engine)(self._model)
+        self.take_over(self._window)
 
     def _lend_plain_function(self, force: bool) -> Any:
         """Gives the plain train function to a callback for a single call."""

@@ -239,7 +239,19 @@ class Engine:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self._optimizer = model.optimizer
-        self._train_step = model.train_step
+        # A `tf.function` would be traced once, for *add* and *update* alike.
+        step = model.train_step
+        self._train_step = getattr(step, "python_function", step)
+        self._is_plain_step = type(model).train_step is keras.Model.train_step
+        self._is_plain_loss = (
+            type(model).compute_loss is keras.Model.compute_loss
+        )
+        self._others = [
+            value
+            for value in vars(model).values()
+            if isinstance(value, keras.optimizers.Optimizer)
+            and value is not self._optimizer
+        ]
         self._real_apply = self._optimizer.apply
         self._real_apply_gradients = self._optimizer.apply_gradients
         self._real_scale_loss = self._optimizer.scale_loss
@@ -251,7 +263,7 @@ class Engine:
 
     def start(self) -> None:
         """Makes ready for a fit: all sums are empty."""
-        if self._model.built:
+        if self._model.built and self._is_plain_step:
             with self._model.distribute_strategy.scope():
                 self._build_optimizer(self._model.trainable_variables)
         for accumulator in self._accumulators:
@@ -331,6 +343,10 @@ class Engine:
             Patch(self._optimizer, "apply_gradients", self._on_apply_gradients),
             Patch(self._optimizer, "scale_loss", self._on_scale_loss),
         ]
+        hooks += [
+            Patch(other, "apply", functools.partial(self._on_other, other.apply))
+            for other in self._others
+        ]
         loss = compiled_loss(self._model)
         if loss is not None:
             hooks.append(
@@ -349,7 +365,8 @@ class Engine:
                 "The model's `train_step` must update its weights by "
                 "`self.optimizer.apply_gradients` or `self.optimizer.apply`: "
                 "there is nothing to accumulate. Received: a `train_step` of "
-                f"{type(self._model).__name__} that called neither."
+                f"{type(self._model).__name__} that called neither (inside a "
+                "`tf.function` of its own they are not seen)."
             )
         return logs
 
@@ -362,13 +379,27 @@ class Engine:
         with weights.listen_to(step.denominators):
             return real(*args, **kwargs)
 
+    def _on_other(
+        self, real: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        step = getattr(self._running, "step", None)
+        if step is None or step.is_applying:
+            return real(*args, **kwargs)
+        raise RuntimeError(
+            "The model's `train_step` must apply gradients by "
+            "`self.optimizer` only, whose gradients are accumulated. Received: "
+            f"a `train_step` of {type(self._model).__name__} that applied some "
+            "by another optimizer."
+        )
+
     def _on_scale_loss(self, loss: Any) -> Any:
         step = getattr(self._running, "step", None)
         if step is not None:
             step.is_scaled = True
-            # An optimizer that is not built scales by a constant, which
-            # would be compiled into the step (LossScaleOptimizer, Keras 3.15).
-            self._build_optimizer(self._model.trainable_variables)
+            if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
+                # Until it is built it scales by a constant, which would be
+                # compiled into the step (Keras 3.15).
+                self._build_optimizer(self._model.trainable_variables)
         return self._real_scale_loss(loss)
 
     def _on_apply(self, grads: Any, trainable_variables: Any = None) -> Any:
@@ -418,7 +449,11 @@ class Engine:
 
     def _weight(self, step: _Step) -> Any:
         heard = [d for d in step.denominators if _is_reachable(d.value)]
-        return weights.weight_of(heard, weights.examples_in(step.data))
+        return weights.weight_of(
+            heard,
+            functools.partial(weights.examples_in, step.data),
+            is_plain=self._is_plain_step and self._is_plain_loss,
+        )
 
     def _regularizers(self, step: _Step) -> list[Callable[[], Any]]:
         scale = self._real_scale_loss if step.is_scaled else lambda loss: loss

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -22,10 +22,13 @@ class Denominator(NamedTuple):
     """What a loss divided by.
 
     Args:
-        value: Scalar float32 tensor, or `None` for a loss that is a sum.
+        kind: "mean", "sum", "none" (a loss without reduction), or "hidden" (a
+            function of the user's own that returns a scalar).
+        value: Scalar float32 tensor for a mean, else `None`.
     """
 
-    value: Any
+    kind: str
+    value: Any = None
 
 
 _listening = threading.local()
@@ -45,6 +48,7 @@ def hearing() -> Iterator[None]:
         _open_hearings += 1
         if _open_hearings == 1:
             loss_module.reduce_weighted_values = _reduce_and_report
+            loss_module.Loss.__call__ = _call_one_deeper
     try:
         yield
     finally:
@@ -52,20 +56,27 @@ def hearing() -> Iterator[None]:
             _open_hearings -= 1
             if _open_hearings == 0:
                 loss_module.reduce_weighted_values = _reduce_weighted_values
+                loss_module.Loss.__call__ = _call
 
 
 @contextlib.contextmanager
 def listen_to(denominators: list[Denominator]) -> Iterator[None]:
     """Appends to `denominators` for every loss that this thread computes."""
-    previous = getattr(_listening, "denominators", None)
-    _listening.denominators = denominators
+    previous = vars(_listening).copy()
+    _listening.denominators, _listening.depth = denominators, 0
     try:
         yield
     finally:
-        _listening.denominators = previous
+        vars(_listening).clear()
+        vars(_listening).update(previous)
 
 
-def weight_of(denominators: list[Denominator], examples: Any) -> Any:
+def weight_of(
+    denominators: list[Denominator],
+    count_examples: Callable[[], Any],
+    *,
+    is_plain: bool,
+) -> Any:
     """The weight of a micro-batch.
 
     Where a micro-batch's loss is `sum(values) / denominator`, the large batch's
@@ -74,9 +85,11 @@ def weight_of(denominators: list[Denominator], examples: Any) -> Any:
 
     Args:
         denominators: What the micro-batch's losses divided by, in order. With
-            several outputs the first one that is a mean counts.
-        examples: Scalar float32 tensor, the number of examples: the weight
-            where no loss was heard.
+            several outputs the first one that is not a sum counts.
+        count_examples: Function that returns the number of examples, a scalar
+            float32 tensor: the weight where the denominator is not known.
+        is_plain: Whether the losses are just added up, as Keras does. What a
+            user's code makes of a loss without reduction is hidden.
 
     Returns:
         Scalar float32 tensor, or `None` where all losses are sums, which add
@@ -86,24 +99,35 @@ def weight_of(denominators: list[Denominator], examples: Any) -> Any:
         ValueError: If some losses are sums and others means, which no single
             weight can serve.
     """
-    if not denominators:
-        return examples
-    means = [d.value for d in denominators if d.value is not None]
-    if not means:
+    sums = ("sum", "none") if is_plain else ("sum",)
+    others = [d for d in denominators if d.kind not in sums]
+    if denominators and not others:
         return None
-    if len(means) < len(denominators):
+    if len(others) < len(denominators):
         raise ValueError(
             "The losses of one model must either all be means or all be sums "
             "for their gradients to be accumulated exactly. Received: "
-            f"{len(means)} losses with a mean reduction and "
-            f"{len(denominators) - len(means)} with `reduction=\"sum\"`. Use "
+            f"{len(others)} losses with a mean reduction and "
+            f"{len(denominators) - len(others)} with `reduction=\"sum\"`. Use "
             "one kind of reduction, and `loss_weights` for the balance."
         )
-    return means[0]
+    if others and others[0].value is not None:
+        return others[0].value
+    return count_examples()
 
 
 # Taken at import, so that a hearing can always put Keras's own function back.
 _reduce_weighted_values = loss_module.reduce_weighted_values
+_call = loss_module.Loss.__call__
+
+
+def _call_one_deeper(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A loss may call others: what those divide by is its own business."""
+    _listening.depth = getattr(_listening, "depth", 0) + 1
+    try:
+        return _call(self, *args, **kwargs)
+    finally:
+        _listening.depth -= 1
 
 
 def _reduce_and_report(
@@ -114,9 +138,9 @@ def _reduce_and_report(
     dtype: Any = None,
 ) -> Any:
     denominators = getattr(_listening, "denominators", None)
-    if denominators is not None and tuple(values.shape) != ():
+    if denominators is not None and _listening.depth == 1:
         denominators.append(
-            Denominator(_denominator(values, sample_weight, mask, reduction))
+            _denominator(values, sample_weight, mask, reduction)
         )
     return _reduce_weighted_values(
         values,
@@ -129,10 +153,19 @@ def _reduce_and_report(
 
 def _denominator(
     values: Any, sample_weight: Any, mask: Any, reduction: str | None
-) -> Any:
+) -> Denominator:
     """What `keras/src/losses/loss.py` divides the sum of `values` by."""
+    if tuple(values.shape) == ():
+        return Denominator("hidden")
     if reduction not in MEANS:
-        return None
+        return Denominator("sum" if reduction == "sum" else "none")
+    value = _mean_denominator(values, sample_weight, mask, reduction)
+    return Denominator("mean", value)
+
+
+def _mean_denominator(
+    values: Any, sample_weight: Any, mask: Any, reduction: str | None
+) -> Any:
     if sample_weight is not None:
         sample_weight = ops.convert_to_tensor(sample_weight, dtype="float32")
     if reduction == "mean_with_sample_weight":
@@ -160,6 +193,19 @@ def _size(tensor: Any) -> Any:
 
 
 def examples_in(data: Any) -> Any:
-    """The number of examples in a batch of `fit`, a scalar float32 tensor."""
-    leaf = next(i for i in keras.tree.flatten(data) if i is not None)
-    return ops.cast(ops.shape(leaf)[0], "float32")
+    """The number of examples in a batch of `fit`, a scalar float32 tensor.
+
+    Args:
+        data: What a `train_step` gets. Its first array that is not a scalar
+            has the examples along its first axis.
+
+    Raises:
+        ValueError: If there is no such array.
+    """
+    for leaf in keras.tree.flatten(data):
+        if leaf is not None and len(leaf.shape) > 0:
+            return ops.cast(ops.shape(leaf)[0], "float32")
+    raise ValueError(
+        "A batch must hold an array whose first axis is the examples, to "
+        f"count them. Received: {keras.tree.map_structure(type, data)}."
+    )

@@ -1,6 +1,5 @@
 """Hypothesis profiles, the device, and a check that nothing stays patched."""
 
-import gc
 import os
 
 import hypothesis
@@ -9,7 +8,6 @@ import tensorflow as tf
 
 from kaccum import weights
 from kaccum.session import Session
-from tests import reference
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -47,16 +45,21 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_patched():
+def nothing_stays_patched(monkeypatch):
     """Fails a test that leaves a model, optimizer or loss patched."""
+    sessions = []
+    take_over = Session.take_over
+
+    def recorded(self, window):
+        sessions.append(self)
+        return take_over(self, window)
+
+    monkeypatch.setattr(Session, "take_over", recorded)
     yield
-    models = list(reference.MODELS)
-    reference.MODELS.clear()
-    for model in models:
-        assert Session.running(model) is None, "a model stayed patched"
-        assert "make_train_function" not in vars(model)
-        assert "apply" not in vars(model.optimizer or model)
+    for session in sessions:
+        assert not session.is_installed, "a model stayed patched"
+        assert not vars(session._optimizer).keys() & {"apply", "scale_loss"}
     assert weights.loss_module.reduce_weighted_values.__module__ != (
         weights.__name__
     ), "the losses still report"
-    gc.collect()
+    assert weights.loss_module.Loss.__call__.__module__ != weights.__name__

@@ -5,7 +5,6 @@ Nothing of kaccum is used here but the callback that is tested.
 
 import dataclasses
 import math
-import weakref
 from typing import Any
 
 import keras
@@ -14,19 +13,24 @@ import tensorflow as tf
 
 from kaccum import GradientAccumulationCallback
 
-MODELS: Any = weakref.WeakSet()
 TOKENS, LENGTH, FEATURES, CLASSES = 7, 5, 4, 3
 
 # Losses whose epoch log is Keras's own average of what it was shown (law 1).
-LOGGED_BY_KERAS = ("mask", "mean_with_sample_weight", "sum", "sum_of_tokens")
+LOGGED_BY_KERAS = (
+    "mask",
+    "mask_mean_with_sample_weight",
+    "mean_with_sample_weight",
+    "sum",
+    "sum_of_tokens",
+)
+OF_TOKENS = ("mask", "mask_mean_with_sample_weight", "sum_of_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A whole training run, small enough for a test.
 
-    `kind` is one of "mean", "sample_weight", "class_weight", "mask",
-    "mean_with_sample_weight", "sum", "sum_of_tokens".
+    `kind` says how the loss is reduced: one of `tests.strategies.KINDS`.
     """
 
     examples: int = 18
@@ -34,6 +38,7 @@ class Problem:
     steps: int = 3
     epochs: int = 2
     kind: str = "mean"
+    token_weights: bool = False
     optimizer: str = "Adam"
     options: tuple = ()
     schedule: bool = False
@@ -75,7 +80,7 @@ def data(problem):
     """Inputs, targets and sample weights, always the same for a problem."""
     rng = np.random.default_rng(problem.seed)
     n = problem.examples
-    if problem.kind in ("mask", "sum_of_tokens"):
+    if problem.kind in OF_TOKENS:
         x = rng.integers(1, TOKENS, (n, LENGTH))
         lengths = rng.integers(0, LENGTH + 1, n)
         x[np.arange(LENGTH) >= lengths[:, None]] = 0
@@ -85,6 +90,8 @@ def data(problem):
         y = rng.integers(0, CLASSES, n)
     weighted = problem.kind in ("sample_weight", "mean_with_sample_weight")
     w = rng.uniform(0, 2, n).astype("float32") if weighted else None
+    if problem.token_weights and problem.kind in OF_TOKENS:
+        w = rng.uniform(0, 2, (n, LENGTH)).astype("float32")
     return x, y, w
 
 
@@ -116,7 +123,7 @@ def build_model(problem, optimizer=None):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(problem.policy)
     try:
-        if problem.kind in ("mask", "sum_of_tokens"):
+        if problem.kind in OF_TOKENS:
             first = layers.Embedding(TOKENS, 4, mask_zero=True)
             shape, dtype = (LENGTH,), "int64"
         else:
@@ -125,7 +132,7 @@ def build_model(problem, optimizer=None):
         first.trainable = not problem.frozen
         stack = [first, layers.Dense(5, **options)]
         if problem.add_loss:
-            stack.append(layers.ActivityRegularization(l2=0.1))
+            stack.append(_AddsLoss())
         if problem.unused:
             stack.append(_Unused())
         stack.append(layers.Dense(CLASSES))
@@ -138,6 +145,7 @@ def build_model(problem, optimizer=None):
         "sum": "sum",
         "sum_of_tokens": "sum",
         "mean_with_sample_weight": "mean_with_sample_weight",
+        "mask_mean_with_sample_weight": "mean_with_sample_weight",
     }.get(problem.kind, "sum_over_batch_size")
     model.compile(
         optimizer=optimizer or build_optimizer(problem),
@@ -149,9 +157,7 @@ def build_model(problem, optimizer=None):
         run_eagerly=problem.execution == "eager",
         jit_compile=problem.execution == "xla",
         steps_per_execution=problem.steps_per_execution,
-        auto_scale_loss=False,
     )
-    MODELS.add(model)
     return model
 
 
@@ -163,6 +169,14 @@ class _Unused(keras.layers.Layer):
         self.unused = self.add_weight(shape=(2,), name="unused")
 
     def call(self, inputs):
+        return inputs
+
+
+class _AddsLoss(keras.layers.Layer):
+    """Adds a loss that is a mean over the examples."""
+
+    def call(self, inputs):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(inputs)))
         return inputs
 
 

@@ -88,13 +88,14 @@ def test_an_optimizer_that_accumulates_itself(optimizer):
         fit(optimizer(), [GradientAccumulationCallback(2)])
 
 
-def test_two_accumulating_callbacks():
+@pytest.mark.parametrize("first", [1, 2])
+def test_two_accumulating_callbacks(first):
     """One `fit`, one window."""
-    callbacks = [GradientAccumulationCallback(2) for _ in range(2)]
+    callbacks = [GradientAccumulationCallback(n) for n in (first, 3)]
     with pytest.raises(
         RuntimeError,
         match=r"^Only one callback of a `fit` must accumulate gradients\. "
-        r"Received: a second `GradientAccumulationCallback`\. Remove one\.$",
+        r"Received: 2 of `GradientAccumulationCallback`\. Keep one\.$",
     ):
         fit("sgd", callbacks)
 

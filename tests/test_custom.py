@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kaccum import GradientAccumulationCallback
+from kaccum import GradientAccumulationCallback, weights
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
@@ -18,8 +18,6 @@ def assert_same_training(build, x=X, y=Y, logs=True, **options):
     for size, callbacks in ((4, [GradientAccumulationCallback(3)]), (12, [])):
         keras.utils.set_random_seed(0)
         model = build()
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
         history = model.fit(
             x,
             y,
@@ -33,9 +31,10 @@ def assert_same_training(build, x=X, y=Y, logs=True, **options):
         runs.append((model, history))
     (micro, micro_history), (large, large_history) = runs
     assert int(micro.optimizer.iterations) == int(large.optimizer.iterations)
-    for a, b in zip(micro.get_weights(), large.get_weights(), strict=True):
-        scale = np.max(np.abs(b))
-        assert np.max(np.abs(a - b)) <= 1e-5 * scale
+    states = [[*m.variables, *m.optimizer.variables] for m in (micro, large)]
+    for a, b in zip(*states, strict=True):
+        a, b = a.numpy(), b.numpy()
+        assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
     if logs:
         assert micro_history.keys() == large_history.keys()
         for name, values in large_history.items():
@@ -94,6 +93,36 @@ class TwoCalls(keras.Model):
         return self.compute_metrics(x, y, y_pred)
 
 
+class Decorated(keras.Model):
+    """A training step that is a `tf.function`."""
+
+    @tf.function
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+class Subset(keras.Model):
+    """Trains the second layer only."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        variables = self.trainable_variables[2:]
+        gradients = tape.gradient(loss, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables))
+        return self.compute_metrics(x, y, y_pred)
+
+
+class MeanOfSuper(keras.Model):
+    """Reduces Keras's loss by itself."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        return tf.reduce_mean(loss)
+
+
 class OwnLoss(keras.Model):
     """A `compute_loss` that hides its denominator."""
 
@@ -133,7 +162,7 @@ class Normalizing(keras.optimizers.SGD):
 
 @pytest.mark.parametrize(
     "model_class",
-    [OwnStep, BareApply, TwoCalls, OwnLoss, OwnCompiledLoss],
+    [OwnStep, TwoCalls, Decorated, Subset, OwnLoss, OwnCompiledLoss],
     ids=lambda c: c.__name__,
 )
 def test_custom_steps_and_losses_count_examples(model_class):
@@ -141,6 +170,86 @@ def test_custom_steps_and_losses_count_examples(model_class):
     # A step that returns its own logs has Keras show the last batch's.
     logs = not issubclass(model_class, OwnStep)
     assert_same_training(lambda: small(model_class), logs=logs)
+
+
+def test_a_bare_apply_updates_what_the_optimizer_was_built_for():
+    """Law 1, for `optimizer.apply(gradients)`."""
+
+    def build():
+        model = small(BareApply)
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    assert_same_training(build, logs=False)
+
+
+EACH = keras.losses.MeanSquaredError(reduction="none")
+TOTAL = keras.losses.MeanSquaredError(reduction="sum")
+
+
+class Doubled(keras.losses.Loss):
+    """A loss that calls another."""
+
+    def call(self, y_true, y_pred):
+        return EACH(y_true, y_pred) * 2
+
+
+def mean_of_each(y_true, y_pred):
+    return tf.reduce_mean(EACH(y_true, y_pred))
+
+
+def mean_of_total(y_true, y_pred):
+    return TOTAL(y_true, y_pred) / tf.cast(tf.shape(y_true)[0], tf.float32)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Doubled(), EACH.__call__, mean_of_each, mean_of_total],
+    ids=["class", "vector", "mean-of-none", "mean-of-sum"],
+)
+def test_losses_within_losses_are_not_heard(loss):
+    """Law 2: only what the compiled loss itself divides by counts."""
+    assert_same_training(lambda: small(loss=lambda t, p: loss(t, p)))
+
+
+def test_a_loss_that_is_reduced_later_counts_examples():
+    """Law 2: what a `compute_loss` makes of a vector is hidden."""
+    assert_same_training(lambda: small(MeanOfSuper, loss=EACH))
+
+
+def test_a_loss_without_reduction_adds_up():
+    """Law 2: TensorFlow sums the gradient of a vector."""
+    assert_same_training(
+        lambda: small(optimizer=keras.optimizers.SGD(0.01), loss=EACH),
+        logs=False,
+    )
+
+
+def test_the_first_array_counts_the_examples():
+    """Law 2: a scalar beside the arrays is not an array of examples."""
+
+    class Tagged(keras.Model):
+        def train_step(self, data):
+            return OwnStep.train_step(self, data[1])
+
+    def batches(size):
+        for i in range(0, len(X), size):
+            yield np.int32(i), (X[i : i + size], Y[i : i + size])
+
+    trained = []
+    for size, callbacks in ((4, [GradientAccumulationCallback(3)]), (12, [])):
+        keras.utils.set_random_seed(0)
+        model = small(Tagged)
+        data = tf.data.Dataset.from_generator(
+            lambda size=size: batches(size),
+            output_signature=(
+                tf.TensorSpec((), tf.int32),
+                (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 2))),
+            ),
+        )
+        model.fit(data, verbose=0, callbacks=callbacks)
+        trained.append(model.get_weights()[0])
+    np.testing.assert_allclose(trained[0], trained[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [OwnOptimizer, Normalizing])
@@ -247,6 +356,41 @@ def test_a_step_that_updates_by_itself_is_refused():
         small(ByHand).fit(
             X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)]
         )
+
+
+def test_a_second_optimizer_is_refused():
+    """Its gradients would be applied every micro-batch."""
+
+    class Two(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(x) - y))
+            variables = self.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            self.optimizer.apply(gradients[:2], variables[:2])
+            self.second.apply(gradients[2:], variables[2:])
+            return {}
+
+    model = small(Two)
+    model.second = keras.optimizers.SGD()
+    with pytest.raises(
+        RuntimeError,
+        match="The model's `train_step` must apply gradients by "
+        "`self.optimizer` only, whose gradients are accumulated. Received: a "
+        "`train_step` of Two that applied some by another optimizer.",
+    ):
+        model.fit(X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)])
+
+
+def test_a_batch_without_arrays_is_refused():
+    """There is nothing to count."""
+    with pytest.raises(
+        ValueError,
+        match="A batch must hold an array whose first axis is the examples, "
+        "to count them. Received: ",
+    ):
+        weights.examples_in((tf.constant(1.0), None))
 
 
 def test_a_model_without_trainable_weights_does_not_update():
