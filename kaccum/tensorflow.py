@@ -344,8 +344,8 @@ class Engine:
             Patch(self._optimizer, "scale_loss", self._on_scale_loss),
         ]
         hooks += [
-            Patch(other, "apply", functools.partial(self._on_other, other.apply))
-            for other in self._others
+            Patch(o, "apply", functools.partial(self._on_other, o.apply))
+            for o in self._others
         ]
         loss = compiled_loss(self._model)
         if loss is not None:

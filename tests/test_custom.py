@@ -167,9 +167,17 @@ class Normalizing(keras.optimizers.SGD):
 )
 def test_custom_steps_and_losses_count_examples(model_class):
     """Law 2: where the loss is hidden, the number of examples."""
+
+    def build():
+        model = small(model_class)
+        if model_class is not Subset:
+            # Keras builds an optimizer for what it is first called with.
+            model.optimizer.build(model.trainable_variables)
+        return model
+
     # A step that returns its own logs has Keras show the last batch's.
     logs = not issubclass(model_class, OwnStep)
-    assert_same_training(lambda: small(model_class), logs=logs)
+    assert_same_training(build, logs=logs)
 
 
 def test_a_bare_apply_updates_what_the_optimizer_was_built_for():
@@ -204,7 +212,7 @@ def mean_of_total(y_true, y_pred):
 
 @pytest.mark.parametrize(
     "loss",
-    [Doubled(), EACH.__call__, mean_of_each, mean_of_total],
+    [Doubled(), lambda t, p: EACH(t, p), mean_of_each, mean_of_total],
     ids=["class", "vector", "mean-of-none", "mean-of-sum"],
 )
 def test_losses_within_losses_are_not_heard(loss):

@@ -15,7 +15,9 @@ from tests.reference import Problem, assert_same, check, fit_large, fit_micro
 def divides_by_steps(monkeypatch):
     """Every micro-batch counts the same, and the window is always full."""
     monkeypatch.setattr(
-        weights, "weight_of", lambda *_, **__: tf.constant(1.0 / Problem().steps)
+        weights,
+        "weight_of",
+        lambda *_, **__: tf.constant(1.0 / Problem().steps),
     )
     real = GradientAccumulator._window_gradients
 
