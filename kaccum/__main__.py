@@ -157,7 +157,7 @@ def plot(runs: dict[str, Run], path: str) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    styles = {LARGE: "-", KACCUM: "--", KERAS: "-."}
+    styles = {LARGE: "C0-", KACCUM: "C1--", KERAS: "C2-."}
     for name, run in runs.items():
         epochs = np.arange(1, len(run.weights) + 1)
         loss = run.history["loss"]

@@ -165,6 +165,10 @@ def build_model(problem, optimizer=None):
 class _Unused(keras.layers.Layer):
     """Has a variable that never gets a gradient."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.supports_masking = True
+
     def build(self, shape):
         self.unused = self.add_weight(shape=(2,), name="unused")
 
@@ -174,6 +178,10 @@ class _Unused(keras.layers.Layer):
 
 class _AddsLoss(keras.layers.Layer):
     """Adds a loss that is a mean over the examples."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.supports_masking = True
 
     def call(self, inputs):
         self.add_loss(0.1 * keras.ops.mean(keras.ops.square(inputs)))
