@@ -15,6 +15,11 @@ from keras import ops
 
 from kaccum.keras_private import loss_module
 
+# The weight of a micro-batch whose mean is of nothing, say all masked. Its loss
+# still has the terms that do not depend on the data, which a window of such
+# micro-batches must not lose. Beside any other weight it is below rounding.
+OF_NOTHING = 2.0**-40
+
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
@@ -160,7 +165,8 @@ def _denominator(
     if reduction not in MEANS:
         return Denominator("sum" if reduction == "sum" else "none")
     value = _mean_denominator(values, sample_weight, mask, reduction)
-    return Denominator("mean", value)
+    value = ops.where(ops.equal(value, 0.0), OF_NOTHING, value)
+    return Denominator("mean", ops.cast(value, "float32"))
 
 
 def _mean_denominator(

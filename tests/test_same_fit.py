@@ -59,6 +59,8 @@ def test_every_option_acts_once_an_update(options, execution):
         {"kind": "mask", "token_weights": True},
         {"kind": "mask_mean_with_sample_weight", "token_weights": True},
         {"kind": "mask_mean_with_sample_weight"},
+        # All padding: the regularizer is all there is.
+        {"kind": "mask", "examples": 1, "regularizer": "l2"},
         {"kind": "sum_of_tokens", "token_weights": True},
         {"steps_per_execution": 2},
         {"steps_per_execution": 5, "unknown_length": True},
