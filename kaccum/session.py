@@ -24,7 +24,6 @@ class Session:
 
         self._model = model
         self._optimizer = model.optimizer
-        self._plain = model.train_function
         self._window = Window(1)
         self._engine = Engine(model)
         self._get_plain_metrics = model.get_metrics_result
@@ -123,7 +122,6 @@ class Session:
         self.close_window()
         self.give_back()
         self._make_plain(force=True)
-        self._plain = self._model.train_function
         self._engine = type(self._engine)(self._model)
         self.take_over(self._window)
 

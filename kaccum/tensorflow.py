@@ -246,17 +246,12 @@ class Engine:
         self._is_plain_loss = (
             type(model).compute_loss is keras.Model.compute_loss
         )
-        self._others = [
-            value
-            for value in vars(model).values()
-            if isinstance(value, keras.optimizers.Optimizer)
-            and value is not self._optimizer
-        ]
         self._real_apply = self._optimizer.apply
         self._real_apply_gradients = self._optimizer.apply_gradients
         self._real_scale_loss = self._optimizer.scale_loss
         self._running = threading.local()
         self._accumulators: list[GradientAccumulator] = []
+        self._hooks = self._make_hooks()
         self._steps = {closes: self._make(closes) for closes in (False, True)}
         self._execute = tf.function(self._run_in_graph, autograph=False)
         self._applies: dict[int, Callable[[], Any]] = {}
@@ -329,15 +324,22 @@ class Engine:
             model.make_train_function(force=True)
         function = model.train_function
         model.train_function = plain
+        # Around the whole call, not inside the step: replicas are threads.
+        patches = [step, *self._hooks]
 
         def run(iterator: Any) -> Any:
-            with weights.hearing(), patched([step, *self._hooks()]):
+            with weights.hearing(), patched(patches):
                 return function(iterator)
 
         return run
 
-    def _hooks(self) -> list[Patch]:
-        # Around the whole call, not inside the step: replicas are threads.
+    def _make_hooks(self) -> list[Patch]:
+        others = [
+            value
+            for value in vars(self._model).values()
+            if isinstance(value, keras.optimizers.Optimizer)
+            and value is not self._optimizer
+        ]
         hooks = [
             Patch(self._optimizer, "apply", self._on_apply),
             Patch(self._optimizer, "apply_gradients", self._on_apply_gradients),
@@ -345,7 +347,7 @@ class Engine:
         ]
         hooks += [
             Patch(o, "apply", functools.partial(self._on_other, o.apply))
-            for o in self._others
+            for o in others
         ]
         loss = compiled_loss(self._model)
         if loss is not None:
