@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
+from kaccum.backend import engine
+from kaccum.checks import check_model, is_scaling_losses, received
 from kaccum.keras_private import callbacks_of_fit
 from kaccum.session import Session
-from kaccum.window import Window
+from kaccum.window import Schedule, Steps, Window
 
 
 class GradientAccumulationCallback(keras.callbacks.Callback):
@@ -23,14 +25,28 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     size.
 
     Args:
-        steps: int >= 1, the number of batches that make one update.
-            1 is a plain fit.
+        steps: How many batches make one update: int >= 1; a dict of them by
+            first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
+            from 0 on) that returns one. 1 is a plain fit.
+        skip_nonfinite: Whether to leave a micro-batch with a NaN or infinite
+            gradient out of its window, as if it had never come: its gradient,
+            its metrics, and all else that the step assigned (Keras variables,
+            say moving averages). A window of nothing but such micro-batches
+            makes no update. The log of each epoch gets an entry
+            `skipped_micro_batches`.
+        on_update: Function called with the number of updates (int) that this
+            fit made so far, after each one. With `steps_per_execution` it is
+            called after each execution, once for each update in it.
 
     Raises:
-        TypeError: If `steps` is not an integer.
-        ValueError: If `steps` is below 1. When `fit` starts: if the model has
-            no optimizer, or one with `gradient_accumulation_steps`. In the
-            first step: if some losses are means and others sums.
+        TypeError: If an argument is of another type; at the start of an epoch,
+            if the function `steps` returns something else than an integer.
+        ValueError: If `steps` is below 1, or a dict without epoch 0. When
+            `fit` starts: if the model has no optimizer, or one with
+            `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
+            `LossScaleOptimizer`. At the start of an epoch: if the function
+            `steps` returns less than 1. In the first step: if some losses are
+            means and others sums.
         RuntimeError: When `fit` starts: if another callback accumulates
             already, Keras runs on another backend than TensorFlow, or a
             `tf.distribute` strategy has several replicas. In the first step:
@@ -53,34 +69,73 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        *,
+        skip_nonfinite: bool = False,
+        on_update: Callable[[int], Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.steps = _checked_steps(steps)
+        self._schedule = Schedule(steps)
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(
+                "`skip_nonfinite` must be True or False. "
+                f"{received('skip_nonfinite', skip_nonfinite)}"
+            )
+        if on_update is not None and not callable(on_update):
+            raise TypeError(
+                "`on_update` must be a function of the number of updates. "
+                f"{received('on_update', on_update)}"
+            )
+        self.steps = steps
+        self.skip_nonfinite = skip_nonfinite
+        self.on_update = on_update
         self._session: Session | None = None
+        self._skipped = 0
+
+    @property
+    def skipped_micro_batches(self) -> int:
+        """How many micro-batches this (or the last) fit left out so far."""
+        return self._session.skipped if self._session else self._skipped
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes the training step of the model over."""
+        engine()
         _check_callbacks(callbacks_of_fit())
-        _check_model(self.model)
-        if self.steps > 1:
-            self._session = Session.of(self.model)
-            self._session.take_over(Window(self.steps))
+        check_model(self.model)
+        if self.skip_nonfinite and is_scaling_losses(self.model.optimizer):
+            raise ValueError(
+                "`skip_nonfinite` must not be used with a "
+                "`LossScaleOptimizer`, which has to see an overflow to lower "
+                "its scale. Received: skip_nonfinite=True and a "
+                f"{type(self.model.optimizer).__name__}. Leave one of them out."
+            )
+        self._skipped = 0
+        is_plain = not self.skip_nonfinite and self.on_update is None
+        if is_plain and self._schedule.is_always_one:
+            return
+        self._session = Session.of(self.model)
+        self._session.take_over(
+            Window(1),
+            is_for_fit=True,
+            skip_nonfinite=self.skip_nonfinite,
+            on_update=self.on_update,
+        )
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Sets the length of this epoch's windows."""
+        if self._session is not None:
+            self._session.begin_epoch(self._schedule.at(epoch))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Gives the training step back."""
         if self._session is not None:
+            self._skipped = self._session.skipped
             self._session.give_back()
             self._session = None
-
-
-def _checked_steps(steps: Any) -> int:
-    received = f"Received: steps={steps!r} ({type(steps).__name__})."
-    rule = "`steps` must be an integer >= 1."
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise TypeError(f"{rule} {received}")
-    if steps < 1:
-        raise ValueError(f"{rule} {received}")
-    return int(steps)
 
 
 def _check_callbacks(callbacks: list[keras.callbacks.Callback]) -> None:
@@ -91,41 +146,3 @@ def _check_callbacks(callbacks: list[keras.callbacks.Callback]) -> None:
             "Only one callback of a `fit` must accumulate gradients. "
             f"Received: {count} of `{kind.__name__}`. Keep one."
         )
-
-
-def _check_model(model: keras.Model) -> None:
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            "`GradientAccumulationCallback` must run on Keras's TensorFlow "
-            f"backend. Received: backend={keras.backend.backend()!r}. Set the "
-            "environment variable `KERAS_BACKEND=tensorflow`."
-        )
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise RuntimeError(
-            "The model must train on one device for its gradients to be "
-            f"accumulated exactly. Received: a {replicas}-replica "
-            f"{type(model.distribute_strategy).__name__}. Build the model "
-            "outside of a strategy's scope."
-        )
-    if model.optimizer is None:
-        raise ValueError(
-            "The model must have an optimizer to accumulate gradients for. "
-            "Received: optimizer=None. Pass one to `compile`."
-        )
-    for optimizer in _with_inner(model.optimizer):
-        steps = getattr(optimizer, "gradient_accumulation_steps", None)
-        if steps:
-            raise ValueError(
-                "The optimizer must not accumulate gradients itself. Received: "
-                f"{type(optimizer).__name__} with gradient_accumulation_steps="
-                f"{steps}. Leave that argument out."
-            )
-
-
-def _with_inner(optimizer: Any) -> list[Any]:
-    """An optimizer and those it wraps."""
-    inner = list(getattr(optimizer, "optimizers", []))
-    if hasattr(optimizer, "inner_optimizer"):
-        inner.append(optimizer.inner_optimizer)
-    return [optimizer, *(o for i in inner for o in _with_inner(i))]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from kaccum.backend import engine
 from kaccum.keras_private import asked_by, is_inside_fit
 from kaccum.patches import Patch
+from kaccum.step import SKIPPED, TrainingStep
 from kaccum.window import Window
 
 
@@ -20,21 +24,22 @@ class Session:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        from kaccum.tensorflow import Engine
-
         self._model = model
         self._optimizer = model.optimizer
-        self._window = Window(1)
-        self._engine = Engine(model)
+        self._engines: dict[bool, Any] = {}
+        self._engine: Any = None
+        self._begin(Window(1), is_for_fit=True)
         self._get_plain_metrics = model.get_metrics_result
         self._make_plain = model.make_train_function
         self._train_function = Patch(
             model, "train_function", self._run_train_function
         )
+        # The first one notices the model's next use, so it comes first and
+        # goes last: an interruption in between is noticed as well.
         self._patches = [
-            self._train_function,
             Patch(model, "make_train_function", self._make_train_function),
             Patch(model, "get_metrics_result", self._get_metrics_result),
+            self._train_function,
         ]
 
     @classmethod
@@ -53,77 +58,166 @@ class Session:
         ):
             return kept
         session = cls(model)
-        if inspect.isfunction(plain):
-            vars(plain)["kaccum_session"] = session
+        session._keep()
         return session
+
+    @classmethod
+    def installed_on(cls, model: keras.Model) -> Session | None:
+        """The session that has taken a model over, if one has."""
+        hook = vars(model).get("make_train_function")
+        session = getattr(hook, "__self__", None)
+        return session if isinstance(session, cls) else None
 
     @property
     def is_installed(self) -> bool:
         """Whether the model is taken over."""
         return any(patch.is_installed for patch in self._patches)
 
-    def take_over(self, window: Window) -> None:
+    @property
+    def skipped(self) -> int:
+        """The number of micro-batches left out since `take_over`."""
+        now = self._step.skipped if self._step.skips else 0
+        return self._skipped_before + now
+
+    def take_over(
+        self,
+        window: Window,
+        *,
+        is_for_fit: bool,
+        skip_nonfinite: bool = False,
+        on_update: Callable[[int], Any] | None = None,
+    ) -> None:
         """Makes the model's next training steps accumulate.
 
         Args:
             window: Says when to update. Starts empty.
+            is_for_fit: Whether it lasts for the running `fit` only.
+            skip_nonfinite: Whether to leave out micro-batches with a NaN or
+                infinite gradient.
+            on_update: Called with the number of updates after each one.
         """
         window.reset()
-        self._window = window
-        self._engine.start()
+        self._begin(window, is_for_fit, on_update)
+        self._use_engine(skip_nonfinite)
         for patch in self._patches:
             patch.install()
+
+    def begin_epoch(self, steps: int) -> None:
+        """Starts an empty window of `steps` micro-batches."""
+        self._window.steps = steps
+        self._window.reset()
+        self._skipped_before = self.skipped
+        self._step.forget_skipped()
 
     def give_back(self) -> None:
         """Leaves the model as if it had never been taken over."""
         for patch in reversed(self._patches):
             patch.remove()
-        self._engine.stop()
+        if self._engine is not None:
+            self._engine.stop()
 
     def close_window(self) -> None:
         """Updates from a short window, if one is open."""
         if self._window.is_open:
-            self._engine.update()
             self._window.reset()
+            with self._recovering():
+                self._report(self._engine.update())
+
+    def _begin(
+        self,
+        window: Window,
+        is_for_fit: bool,
+        on_update: Callable[[int], Any] | None = None,
+    ) -> None:
+        self._window = window
+        self._is_for_fit = is_for_fit
+        self._on_update = on_update
+        self._updates = 0
+        self._skipped_before = 0
+
+    def _use_engine(self, skip_nonfinite: bool) -> None:
+        if skip_nonfinite not in self._engines:
+            step = TrainingStep(self._model, skip_nonfinite=skip_nonfinite)
+            made = engine().Engine(self._model, step)
+            self._engines[skip_nonfinite] = (made, step)
+        self._engine, self._step = self._engines[skip_nonfinite]
+        self._engine.start()
+
+    def _keep(self) -> None:
+        plain = self._model.train_function
+        if inspect.isfunction(plain):
+            vars(plain)["kaccum_session"] = self
 
     def _run_train_function(self, iterator: Any) -> Any:
+        is_plain = self._window.steps == 1 and not self._step.skips
         closes = self._window.closes(self._model.steps_per_execution)
+        with self._recovering():
+            ran = self._engine.run(iterator, closes, is_plain=is_plain)
+            self._window.advance(ran.micro_batches)
+            self._report(ran.updates)
+        return ran.logs
+
+    def _report(self, updates: int) -> None:
+        for _ in range(updates):
+            self._updates += 1
+            if self._on_update is not None:
+                self._on_update(self._updates)
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Forgets the window after an error: what it added is not known."""
         try:
-            logs, ran = self._engine.run(iterator, closes)
+            yield
         except self._engine.end_of_data:
             raise
         except BaseException:
-            # `fit` ends here, without `on_train_end`.
-            self.give_back()
+            if self._is_for_fit:
+                # `fit` ends here, without `on_train_end`.
+                self.give_back()
+            else:
+                self._window.reset()
+                self._step.reset()
             raise
-        self._window.advance(ran)
-        return logs
 
     def _get_metrics_result(self) -> Any:
         # The one call between an epoch's last batch and validation.
-        if asked_by("fit", self._model):
-            self.close_window()
-        return self._get_plain_metrics()
+        if not asked_by("fit", self._model):
+            return self._get_plain_metrics()
+        self.close_window()
+        logs = self._get_plain_metrics()
+        if self._step.skips:
+            logs = {**logs, SKIPPED: self._step.skipped}
+        return logs
 
     def _make_train_function(self, force: bool = False) -> Any:
-        if not is_inside_fit(self._model):
+        if not self._is_for_fit:
+            if asked_by("fit", self._model):
+                raise RuntimeError(_FIT_INSIDE)
+        elif not is_inside_fit(self._model):
             # A new `fit` or `train_on_batch`: ours ended without
             # `on_train_end`.
             self.give_back()
             return self._make_plain(force=force)
-        if asked_by("train_on_batch", self._model):
+        elif asked_by("train_on_batch", self._model):
             return self._lend_plain_function(force)
-        if force:
+        if force or not self._train_function.is_installed:
             self._start_anew()
         return self._model.train_function
 
     def _start_anew(self) -> None:
-        """Compiles again, as a callback that changed the model asks for."""
+        """Compiles again, as a model that was changed asks for."""
         self.close_window()
-        self.give_back()
+        self._skipped_before = self.skipped
+        skips = self._step.skips
+        for patch in reversed(self._patches):
+            patch.remove()
         self._make_plain(force=True)
-        self._engine = type(self._engine)(self._model)
-        self.take_over(self._window)
+        self._optimizer = self._model.optimizer
+        self._engines.clear()
+        self._keep()
+        self._use_engine(skips)
+        for patch in self._patches:
+            patch.install()
 
     def _lend_plain_function(self, force: bool) -> Any:
         """Gives the plain train function to a callback for a single call."""
@@ -138,3 +232,10 @@ class Session:
 
         self._model.train_function = run_once
         return run_once
+
+
+_FIT_INSIDE = (
+    "`fit` must not be called on a model inside its `accumulate`. Received: a "
+    "`fit`. Pass it a `GradientAccumulationCallback` instead, outside of the "
+    "`with` block."
+)

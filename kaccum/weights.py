@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from kaccum.keras_private import loss_module
+from kaccum.patches import SharedPatch
 
 # The weight of a micro-batch whose mean is of nothing, say all masked. Its loss
 # still has the terms that do not depend on the data, which a window of such
@@ -37,31 +38,6 @@ class Denominator(NamedTuple):
 
 
 _listening = threading.local()
-_lock = threading.Lock()
-_open_hearings = 0
-
-
-@contextlib.contextmanager
-def hearing() -> Iterator[None]:
-    """Makes losses report to `listen_to` while the `with` block runs.
-
-    One replacement serves every thread: models trained at the same time may
-    enter and leave in any order.
-    """
-    global _open_hearings
-    with _lock:
-        _open_hearings += 1
-        if _open_hearings == 1:
-            loss_module.reduce_weighted_values = _reduce_and_report
-            loss_module.Loss.__call__ = _call_one_deeper
-    try:
-        yield
-    finally:
-        with _lock:
-            _open_hearings -= 1
-            if _open_hearings == 0:
-                loss_module.reduce_weighted_values = _reduce_weighted_values
-                loss_module.Loss.__call__ = _call
 
 
 @contextlib.contextmanager
@@ -121,7 +97,7 @@ def weight_of(
     return count_examples()
 
 
-# Taken at import, so that a hearing can always put Keras's own function back.
+# Taken at import: Keras's own.
 _reduce_weighted_values = loss_module.reduce_weighted_values
 _call = loss_module.Loss.__call__
 
@@ -154,6 +130,19 @@ def _reduce_and_report(
         reduction=reduction,
         dtype=dtype,
     )
+
+
+_reduction = SharedPatch(
+    loss_module, "reduce_weighted_values", _reduce_and_report
+)
+_calls = SharedPatch(loss_module.Loss, "__call__", _call_one_deeper)
+
+
+@contextlib.contextmanager
+def hearing() -> Iterator[None]:
+    """Makes losses report to `listen_to` while the `with` block runs."""
+    with _reduction, _calls:
+        yield
 
 
 def _denominator(

@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import keras
 import pytest
 import tensorflow as tf
 
@@ -50,9 +51,9 @@ def nothing_stays_patched(monkeypatch):
     sessions = []
     take_over = Session.take_over
 
-    def recorded(self, window):
+    def recorded(self, *args, **kwargs):
         sessions.append(self)
-        return take_over(self, window)
+        return take_over(self, *args, **kwargs)
 
     monkeypatch.setattr(Session, "take_over", recorded)
     yield
@@ -63,3 +64,4 @@ def nothing_stays_patched(monkeypatch):
         weights.__name__
     ), "the losses still report"
     assert weights.loss_module.Loss.__call__.__module__ != weights.__name__
+    assert "assign" not in vars(keras.Variable), "assignments are remembered"

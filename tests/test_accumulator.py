@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from kaccum.tensorflow import GradientAccumulator
+from kaccum import GradientAccumulator
 
 VARIABLES = [keras.Variable(np.zeros(3, "float32")) for _ in range(2)]
 

@@ -9,7 +9,10 @@ import pytest
 
 from kaccum import GradientAccumulationCallback
 
-RULE = "`steps` must be an integer >= 1. Received: "
+RULE = (
+    "`steps` must be an integer >= 1, a dict of them by first epoch, or a "
+    "function of the epoch. Received: "
+)
 
 
 @pytest.mark.parametrize(

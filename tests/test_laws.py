@@ -390,8 +390,8 @@ def test_the_sums_are_freed_after_fit():
     """The sums take memory only while a fit runs."""
     result = fit_micro(Problem())
     session = Session.of(result.model)
-    assert [len(a._sums) for a in session._engine._accumulators] == [6]
-    for accumulator in session._engine._accumulators:
+    assert [len(a._sums) for a in session._step.accumulators] == [6]
+    for accumulator in session._step.accumulators:
         for total in accumulator._sums.values():
             assert tf.size(total.read_value()) == 0
 

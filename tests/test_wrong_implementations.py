@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import tensorflow as tf
 
+from kaccum import GradientAccumulator
 from kaccum import callback as callback_module
 from kaccum import weights
 from kaccum.session import Session
-from kaccum.tensorflow import Engine, GradientAccumulator
+from kaccum.step import TrainingStep
 from tests.reference import Problem, assert_same, check, fit_large, fit_micro
 
 
@@ -40,8 +41,7 @@ def drops_the_short_window(monkeypatch):
 
     def close_window(self):
         self._window.reset()
-        for accumulator in self._engine._accumulators:
-            accumulator.reset()
+        self._step.reset()
 
     monkeypatch.setattr(Session, "close_window", close_window)
 
@@ -69,15 +69,15 @@ def leaves_the_sums_uncleared(monkeypatch):
 
 def updates_every_micro_batch(monkeypatch):
     """No accumulation at all."""
-    monkeypatch.setattr(
-        callback_module.Window, "closes", lambda self, count: [True] * count
-    )
+    window = callback_module.Window
+    monkeypatch.setattr(window, "closes", lambda self, count: [True] * count)
+    monkeypatch.setattr(window, "is_open", False)
 
 
 def hears_no_loss(monkeypatch):
     """Weighs masked micro-batches by their examples."""
     monkeypatch.setattr(
-        Engine, "_on_loss", lambda self, real, *a, **k: real(*a, **k)
+        TrainingStep, "_on_loss", lambda self, real, *a, **k: real(*a, **k)
     )
 
 
@@ -113,7 +113,9 @@ def test_a_wrong_weight_is_caught(kind, monkeypatch):
 
 def test_regularizers_that_count_every_micro_batch_are_caught(monkeypatch):
     """Law 2: under a sum, a term without data counts once a window."""
-    monkeypatch.setattr(Engine, "_regularizers", lambda self, step: [])
+    monkeypatch.setattr(
+        TrainingStep, "_regularizers", lambda self, run: []
+    )
     with pytest.raises(AssertionError):
         check(Problem(kind="sum", regularizer="l2", optimizer="SGD"))
 

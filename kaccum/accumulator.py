@@ -1,0 +1,269 @@
+"""`GradientAccumulator`: sums of weighted gradients, and the update they make.
+
+Counts no micro-batches and listens to no loss: it is told both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+from keras import ops
+
+from kaccum.backend import engine
+from kaccum.checks import check_optimizer
+
+
+class GradientAccumulator:
+    """Sums of weighted gradients, for a training loop of your own.
+
+    Add the gradients of each micro-batch with its weight; `apply` makes one
+    update with the gradient of their union,
+    `sum(weight * gradient) / sum(weight)`. It works eagerly and inside a
+    `tf.function`.
+
+    The sums are float32 where gradients are half precision. Repeated rows of a
+    `tf.IndexedSlices` add up.
+
+    Args:
+        optimizer: The `keras.optimizers.Optimizer` that makes the updates.
+        apply: Function of `(gradients, variables)` that makes an update.
+            Defaults to the optimizer's own `apply`.
+
+    Raises:
+        TypeError: If `optimizer` is none of Keras's.
+        ValueError: If it has `gradient_accumulation_steps` of its own.
+        RuntimeError: If Keras runs on another backend than TensorFlow.
+
+    Example:
+
+    ```python
+    import keras
+    import tensorflow as tf
+
+    from kaccum import GradientAccumulator
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    accumulator = GradientAccumulator(keras.optimizers.Adam())
+    data = tf.data.Dataset.from_tensor_slices((tf.ones((32, 4)), tf.ones(32)))
+    for i, (x, y) in enumerate(data.batch(8)):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x)[:, 0] - y))
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        accumulator.add(gradients, variables, weight=len(x))
+        if i % 4 == 3:
+            accumulator.apply()
+    print(int(accumulator.optimizer.iterations))  # 1: of 4 micro-batches
+    ```
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        apply: Callable[..., Any] | None = None,
+    ) -> None:
+        check_optimizer(optimizer)
+        self.optimizer = optimizer
+        self._engine = engine()
+        self._apply = apply or optimizer.apply
+        self._variables: list[Any] = []
+        self._known: set[int] = set()
+        self._dtypes: dict[int, Any] = {}
+        self._sums: dict[int, Any] = {}
+        # Variables with a gradient: in some compiled step, so perhaps in this
+        # window; and in this window, as eager execution knows.
+        self._compiled: set[int] = set()
+        self._in_window: set[int] = set()
+        self._is_divided: bool | None = None
+        self._once: list[Callable[[], Any]] = []
+        self._weight = self._engine.new_sum((), "float32")
+        self._count = self._engine.new_sum((), "int64")
+
+    @property
+    def count(self) -> Any:
+        """The number of micro-batches in the open window, a scalar int64."""
+        return self._engine.value_of(self._count)
+
+    @property
+    def number_of_sums(self) -> int:
+        """The number of variables that ever had a gradient."""
+        return len(self._sums)
+
+    def add(
+        self,
+        gradients: Iterable[Any],
+        variables: Iterable[Any],
+        weight: Any,
+        *,
+        where: Any = None,
+    ) -> None:
+        """Adds the gradients of one micro-batch to the sums.
+
+        Args:
+            gradients: Tensors of the variables' shapes, `tf.IndexedSlices`, or
+                `None` where a variable has no gradient.
+            variables: The variables, in the same order. The first `add` names
+                all there are; later ones may leave some out.
+            weight: Scalar, the denominator of the micro-batch's mean loss: its
+                number of examples, of unmasked elements, or its sum of
+                weights. `None` for a loss that is a sum.
+            where: Scalar bool; where false the micro-batch is left out, as if
+                it had never come. Defaults to true.
+
+        Raises:
+            ValueError: If there are more or fewer gradients than variables, a
+                variable is new, or a `weight` of `None` follows another.
+        """
+        gradients, variables = list(gradients), list(variables)
+        self._check(gradients, variables, weight)
+        build_optimizer(self.optimizer, variables)
+        self._known = self._known or {id(v) for v in variables}
+        self._variables = variables
+        self._is_divided = weight is not None
+        if where is not None:
+            gradients = self._engine.zero_unless(where, gradients)
+        kept = 1 if where is None else ops.cast(where, "int64")
+        self._engine.increase(self._count, kept)
+        weight = ops.cast(1.0 if weight is None else weight, "float32")
+        if where is not None:
+            weight = ops.where(where, weight, 0.0)
+        self._engine.increase(self._weight, weight)
+        is_eager = self._engine.is_eager()
+        in_window = self._in_window if is_eager else self._compiled
+        for gradient, variable in zip(gradients, variables):
+            if gradient is None:
+                continue
+            in_window.add(id(variable))
+            total = self._sum_of(variable, gradient.dtype)
+            if _is_overwritten(variable):
+                self._engine.take_larger(total, gradient)
+            else:
+                self._engine.add_weighted(total, gradient, weight)
+
+    def apply(self) -> None:
+        """Makes one update of the window's gradient and empties the sums.
+
+        Raises:
+            RuntimeError: If nothing was added since the last update. What is
+                compiled raises `tf.errors.InvalidArgumentError` (under XLA it
+                checks nothing).
+        """
+        if not self._variables:
+            raise RuntimeError(_NOTHING_ADDED)
+        with self._engine.positive(self._count, _NOTHING_ADDED):
+            self._apply(self._window_gradients(), self._variables)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the sums: the open window is forgotten."""
+        for total in [self._weight, self._count, *self._sums.values()]:
+            self._engine.empty(total)
+        if self._engine.is_eager():
+            self._in_window.clear()
+
+    def release(self) -> None:
+        """Frees the memory of the sums. `reset` takes it again."""
+        for total in self._sums.values():
+            self._engine.release(total)
+        self._in_window.clear()
+
+    def count_once(self, terms: list[Callable[[], Any]]) -> None:
+        """Says which terms of the loss do not depend on the data.
+
+        Means count them once by themselves; sums would count them once a
+        micro-batch.
+
+        Args:
+            terms: Functions that return a term of the loss.
+        """
+        self._once = terms
+
+    def _check(
+        self, gradients: list[Any], variables: list[Any], weight: Any
+    ) -> None:
+        if len(gradients) != len(variables):
+            raise ValueError(
+                "`gradients` must be as many as `variables`. Received: "
+                f"{len(gradients)} gradients and {len(variables)} variables."
+            )
+        new = [v for v in variables if self._known and id(v) not in self._known]
+        if new:
+            name = getattr(new[0], "path", new[0].name)
+            raise ValueError(
+                "`variables` must be those of the first `add`. Received: "
+                f"{name!r}, which was not among them. Use a "
+                "`GradientAccumulator` of its own for other variables."
+            )
+        if self._is_divided not in (None, weight is not None):
+            raise ValueError(
+                "`weight` must be `None` for all micro-batches or for none: "
+                "losses are sums or means. Received: both."
+            )
+
+    def _sum_of(self, variable: Any, dtype: Any) -> Any:
+        key = id(variable)
+        if key not in self._sums:
+            dtype = keras.backend.standardize_dtype(dtype)
+            self._dtypes[key] = dtype
+            self._sums[key] = self._engine.new_sum(
+                variable.shape,
+                "float32" if dtype in ("float16", "bfloat16") else dtype,
+                beside=variable,
+            )
+        return self._sums[key]
+
+    def _window_gradients(self) -> list[Any]:
+        gradients: list[Any] = [None] * len(self._variables)
+        weight = self._engine.value_of(self._weight)
+        share = ops.divide_no_nan(1.0, weight)
+        for i, variable in enumerate(self._variables):
+            key = id(variable)
+            if key not in self._compiled | self._in_window:
+                continue
+            gradient = self._engine.value_of(self._sums[key])
+            if self._is_divided and not _is_overwritten(variable):
+                gradient *= ops.cast(share, gradient.dtype)
+            gradients[i] = gradient
+        if not self._is_divided and self._once:
+            self._subtract_repetitions(gradients)
+        return [
+            g if g is None else ops.cast(g, self._dtypes[id(v)])
+            for g, v in zip(gradients, self._variables)
+        ]
+
+    def _subtract_repetitions(self, gradients: list[Any]) -> None:
+        """Takes out all but one of the terms that every micro-batch added."""
+
+        def loss() -> Any:
+            return sum(ops.sum(term()) for term in self._once)
+
+        once = self._engine.gradients_of(loss, self._variables)
+        for i, term in enumerate(once):
+            if term is not None and gradients[i] is not None:
+                dtype = gradients[i].dtype
+                repetitions = ops.cast(self.count - 1, dtype)
+                gradients[i] -= repetitions * ops.cast(term, dtype)
+
+
+_NOTHING_ADDED = (
+    "`apply` must follow an `add`: a window without micro-batches has no "
+    "gradient. Received: nothing since the last `apply`."
+)
+
+
+def build_optimizer(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[Any]
+) -> None:
+    """Makes an optimizer's variables, also while a function is traced."""
+    if not optimizer.built:
+        with engine().outside_of_traces(), keras.name_scope(optimizer.name):
+            optimizer.build(list(variables))
+        optimizer.built = True
+
+
+def _is_overwritten(variable: Any) -> bool:
+    # The "gradients" of float8 scales are their new values (Keras 3.15).
+    return getattr(variable, "overwrite_with_gradient", False)

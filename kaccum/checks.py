@@ -1,0 +1,77 @@
+"""What is refused, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+
+def received(name: str, value: Any) -> str:
+    """The sentence that says what an argument was."""
+    return f"Received: {name}={value!r} ({type(value).__name__})."
+
+
+def check_model(model: keras.Model) -> None:
+    """Checks that the gradients of a model can be accumulated.
+
+    Raises:
+        ValueError: If it is not compiled, has no optimizer, or one that
+            accumulates itself.
+        RuntimeError: If it trains on several replicas.
+    """
+    if not model.compiled:
+        raise ValueError(
+            "The model must be compiled to accumulate gradients. Received: a "
+            f"{type(model).__name__} that is not. Call `compile` first."
+        )
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise RuntimeError(
+            "The model must train on one device for its gradients to be "
+            f"accumulated exactly. Received: a {replicas}-replica "
+            f"{type(model.distribute_strategy).__name__}. Build the model "
+            "outside of a strategy's scope."
+        )
+    if model.optimizer is None:
+        raise ValueError(
+            "The model must have an optimizer to accumulate gradients for. "
+            "Received: optimizer=None. Pass one to `compile`."
+        )
+    check_optimizer(model.optimizer)
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Checks that an optimizer can be given the gradients of whole windows.
+
+    Raises:
+        TypeError: If it is none of Keras's.
+        ValueError: If it accumulates gradients itself.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a `keras.optimizers.Optimizer`. "
+            f"{received('optimizer', optimizer)}"
+        )
+    for each in _with_inner(optimizer):
+        steps = getattr(each, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                "The optimizer must not accumulate gradients itself. Received: "
+                f"{type(each).__name__} with gradient_accumulation_steps="
+                f"{steps}. Leave that argument out."
+            )
+
+
+def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether a `LossScaleOptimizer` is at work."""
+    kind = keras.optimizers.LossScaleOptimizer
+    return any(isinstance(each, kind) for each in _with_inner(optimizer))
+
+
+def _with_inner(optimizer: Any) -> list[Any]:
+    """An optimizer and those it wraps."""
+    inner = list(getattr(optimizer, "optimizers", []))
+    if hasattr(optimizer, "inner_optimizer"):
+        inner.append(optimizer.inner_optimizer)
+    return [optimizer, *(o for i in inner for o in _with_inner(i))]

@@ -1,0 +1,78 @@
+"""`accumulate`: for training loops that call `train_on_batch`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+
+from kaccum.backend import engine
+from kaccum.checks import check_model
+from kaccum.session import Session
+from kaccum.window import Window, checked_steps
+
+
+@contextlib.contextmanager
+def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
+    """Makes `model.train_on_batch` accumulate inside a `with` block.
+
+    Every `steps` calls (a window) make one update, that of the union of their
+    batches. At the end of the block a window that is still open is applied,
+    scaled by its own size; if an exception leaves the block it is dropped. An
+    error inside of `train_on_batch` that is caught in the block drops the open
+    window too: how much of it was added is not known.
+
+    Several models may accumulate at the same time, each with its own window.
+
+    Args:
+        model: A compiled `keras.Model`.
+        steps: int >= 1, the number of calls that make one update. 1 changes
+            nothing.
+
+    Raises:
+        TypeError: If `steps` is not an integer.
+        ValueError: If it is below 1, the model is not compiled, has no
+            optimizer, or one with `gradient_accumulation_steps`.
+        RuntimeError: If the model accumulates already or fits inside the
+            block, Keras runs on another backend than TensorFlow, or a
+            `tf.distribute` strategy has several replicas. In the first step as
+            `GradientAccumulationCallback`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+
+    from kaccum import accumulate
+
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer="adam", loss="mse")
+    with accumulate(model, 4):
+        for _ in range(10):
+            model.train_on_batch(np.ones((8, 4)), np.ones((8, 1)))
+    print(int(model.optimizer.iterations))  # 3: of 4, 4 and 2 micro-batches
+    ```
+    """
+    steps = checked_steps(steps)
+    engine()
+    check_model(model)
+    # Also ends an earlier session that was interrupted.
+    model.make_train_function()
+    if Session.installed_on(model) is not None:
+        raise RuntimeError(
+            "`accumulate` must be given a model that does not accumulate yet. "
+            "Received: one inside of another `accumulate`, or of a `fit` with "
+            "a `GradientAccumulationCallback`."
+        )
+    if steps == 1:
+        yield
+        return
+    session = Session.of(model)
+    try:
+        session.take_over(Window(steps), is_for_fit=False)
+        yield
+        session.close_window()
+    finally:
+        session.give_back()

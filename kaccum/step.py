@@ -1,0 +1,313 @@
+"""What a model's training step becomes: its gradients go into sums.
+
+Shadows the optimizer and listens to the losses while a step runs (or is
+traced). Knows no framework, and not when a window closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from kaccum import weights
+from kaccum.accumulator import GradientAccumulator, build_optimizer
+from kaccum.backend import engine
+from kaccum.keras_private import compiled_loss, variables_of
+from kaccum.patches import Patch, SharedPatch, patched
+
+SKIPPED = "skipped_micro_batches"
+
+
+class _Run:
+    """What one run (or trace) of a training step knows, on one replica."""
+
+    def __init__(self, data: Any, closes: bool) -> None:
+        self.data = data
+        self.closes = closes
+        self.denominators: list[weights.Denominator] = []
+        self.calls = 0
+        self.is_applying = False
+        self.is_scaled = False
+        # Where micro-batches may be left out: what waits for all gradients, and
+        # the values to go back to.
+        self.waiting: list[tuple[GradientAccumulator, Any, Any]] = []
+        self.before: dict[int, tuple[Any, Any]] = {}
+
+
+_running = threading.local()
+
+
+_assign = keras.Variable.assign
+
+
+def _assign_and_remember(variable: Any, value: Any) -> Any:
+    run = getattr(_running, "run", None)
+    if run is not None and id(variable) not in run.before:
+        before = ops.copy(ops.convert_to_tensor(variable))
+        run.before[id(variable)] = (variable, before)
+    return _assign(variable, value)
+
+
+_assignments = SharedPatch(keras.Variable, "assign", _assign_and_remember)
+
+
+class TrainingStep:
+    """A model's training step whose optimizer adds to sums.
+
+    Args:
+        model: A compiled `keras.Model`.
+        skip_nonfinite: Whether a micro-batch with a NaN or infinite gradient
+            is left out.
+    """
+
+    def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
+        self.skips = skip_nonfinite
+        self.accumulators: list[GradientAccumulator] = []
+        self._model = model
+        self._optimizer = model.optimizer
+        self._engine = engine()
+        # A `tf.function` would be traced once, for *add* and *update* alike.
+        step = model.train_step
+        self._train_step = getattr(step, "python_function", step)
+        self._is_plain_step = type(model).train_step is keras.Model.train_step
+        self._is_plain_loss = (
+            type(model).compute_loss is keras.Model.compute_loss
+        )
+        self._real_apply = self._optimizer.apply
+        self._real_apply_gradients = self._optimizer.apply_gradients
+        self._real_scale_loss = self._optimizer.scale_loss
+        self._hooks = self._make_hooks()
+        self._skipped = self._engine.new_sum((), "int64")
+
+    @property
+    def skipped(self) -> int:
+        """The number of micro-batches left out since `forget_skipped`."""
+        return int(self._engine.value_of(self._skipped))
+
+    def forget_skipped(self) -> None:
+        """Counts what is left out from zero."""
+        self._engine.empty(self._skipped)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Makes the optimizer and the losses report to this step.
+
+        Around a whole call, not inside the step: replicas are threads.
+        """
+        remember = _assignments if self.skips else contextlib.nullcontext()
+        with weights.hearing(), remember, patched(self._hooks):
+            yield
+
+    def start(self) -> None:
+        """Makes ready for training: all sums are empty."""
+        if self._model.built and self._is_plain_step:
+            build_optimizer(self._optimizer, self._model.trainable_variables)
+        self.reset()
+        self.forget_skipped()
+
+    def run(self, data: Any, *, closes: bool) -> Any:
+        """Runs the model's `train_step` on a micro-batch.
+
+        Args:
+            data: What the `train_step` gets.
+            closes: Whether to make the update of its window at once.
+
+        Returns:
+            What the `train_step` returns.
+
+        Raises:
+            RuntimeError: If it applied no gradients.
+        """
+        run = _running.run = _Run(data, closes)
+        try:
+            logs = self._train_step(data)
+        finally:
+            _running.run = None
+        if run.calls == 0 and self._model.trainable_variables:
+            raise RuntimeError(
+                "The model's `train_step` must update its weights by "
+                "`self.optimizer.apply_gradients` or `self.optimizer.apply`: "
+                "there is nothing to accumulate. Received: a `train_step` of "
+                f"{type(self._model).__name__} that called neither (inside a "
+                "`tf.function` of its own they are not seen)."
+            )
+        return self._keep_or_skip(run, logs) if self.skips else logs
+
+    def apply(self) -> None:
+        """Makes the update of the open window."""
+        for accumulator in self.accumulators:
+            accumulator.apply()
+
+    def is_empty(self) -> Any:
+        """Whether every micro-batch of the window was left out: scalar bool."""
+        return ops.equal(sum(a.count for a in self.accumulators), 0)
+
+    def reset(self) -> None:
+        """Forgets the open window."""
+        for accumulator in self.accumulators:
+            accumulator.reset()
+
+    def release(self) -> None:
+        """Frees the sums' memory."""
+        for accumulator in self.accumulators:
+            accumulator.release()
+
+    def _make_hooks(self) -> list[Patch]:
+        others = [
+            value
+            for value in vars(self._model).values()
+            if isinstance(value, keras.optimizers.Optimizer)
+            and value is not self._optimizer
+        ]
+        hooks = [
+            Patch(self._optimizer, "apply", self._on_apply),
+            Patch(self._optimizer, "apply_gradients", self._on_apply_gradients),
+            Patch(self._optimizer, "scale_loss", self._on_scale_loss),
+        ]
+        hooks += [
+            Patch(o, "apply", functools.partial(self._on_other, o.apply))
+            for o in others
+        ]
+        loss = compiled_loss(self._model)
+        if loss is not None:
+            hooks.append(
+                Patch(loss, "call", functools.partial(self._on_loss, loss.call))
+            )
+        return hooks
+
+    def _on_loss(
+        self, real: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        run = getattr(_running, "run", None)
+        if run is None:
+            return real(*args, **kwargs)
+        with weights.listen_to(run.denominators):
+            return real(*args, **kwargs)
+
+    def _on_other(
+        self, real: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        run = getattr(_running, "run", None)
+        if run is None or run.is_applying:
+            return real(*args, **kwargs)
+        raise RuntimeError(
+            "The model's `train_step` must apply gradients by "
+            "`self.optimizer` only, whose gradients are accumulated. Received: "
+            f"a `train_step` of {type(self._model).__name__} that applied some "
+            "by another optimizer."
+        )
+
+    def _on_scale_loss(self, loss: Any) -> Any:
+        run = getattr(_running, "run", None)
+        if run is not None:
+            run.is_scaled = True
+            if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
+                # Until it is built it scales by a constant, which would be
+                # compiled into the step (Keras 3.15).
+                build_optimizer(
+                    self._optimizer, self._model.trainable_variables
+                )
+        return self._real_scale_loss(loss)
+
+    def _on_apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        return self._accumulate(
+            self._real_apply, list(grads), trainable_variables
+        )
+
+    def _on_apply_gradients(self, grads_and_vars: Any, **kwargs: Any) -> Any:
+        def apply(gradients: Any, variables: Any) -> Any:
+            pairs = list(zip(gradients, variables))
+            return self._real_apply_gradients(pairs, **kwargs)
+
+        gradients, variables = zip(*grads_and_vars)
+        self._accumulate(apply, gradients, variables)
+        return self._optimizer.iterations
+
+    def _accumulate(
+        self, apply: Callable[..., Any], gradients: Any, variables: Any
+    ) -> Any:
+        run = getattr(_running, "run", None)
+        if run is None or run.is_applying:
+            return apply(gradients, variables)
+        if variables is None:
+            variables = variables_of(self._optimizer)
+        # A step may apply gradients more than once, say for two groups of
+        # variables: the calls are told apart by their order.
+        if run.calls == len(self.accumulators):
+            self.accumulators.append(
+                GradientAccumulator(self._optimizer, apply=apply)
+            )
+        accumulator = self.accumulators[run.calls]
+        run.calls += 1
+        if self.skips:
+            run.waiting.append((accumulator, gradients, variables))
+            return None
+        # With a data set of unknown length, the call that finds it exhausted
+        # still runs all that does not depend on the batch (TensorFlow 2.21):
+        # it would count an update.
+        with self._engine.after(run.data):
+            self._add(run, accumulator, gradients, variables)
+            if run.closes:
+                run.is_applying = True
+                try:
+                    accumulator.apply()
+                finally:
+                    run.is_applying = False
+        return None
+
+    def _add(
+        self,
+        run: _Run,
+        accumulator: GradientAccumulator,
+        gradients: Any,
+        variables: Any,
+        where: Any = None,
+    ) -> None:
+        weight = self._weight(run)
+        accumulator.add(gradients, variables, weight, where=where)
+        accumulator.count_once(self._regularizers(run))
+
+    def _keep_or_skip(self, run: _Run, logs: Any) -> Any:
+        """Adds the gradients if all are finite, else undoes the step."""
+        gradients = [g for _, gs, _ in run.waiting for g in gs]
+        is_kept = self._engine.all_finite(gradients)
+        for accumulator, gradients, variables in run.waiting:
+            self._add(run, accumulator, gradients, variables, is_kept)
+        for variable, before in run.before.values():
+            # What a `tf.function` of the user's own assigned is out of reach.
+            if self._engine.is_reachable(before):
+                variable.assign(ops.where(is_kept, variable, before))
+        self._engine.increase(self._skipped, 1 - ops.cast(is_kept, "int64"))
+        if not isinstance(logs, dict):
+            return logs
+        metrics = self._model.get_metrics_result()
+        logs = metrics if metrics.keys() == logs.keys() else logs
+        return {**logs, SKIPPED: self._engine.value_of(self._skipped)}
+
+    def _weight(self, run: _Run) -> Any:
+        heard = [
+            d for d in run.denominators if self._engine.is_reachable(d.value)
+        ]
+        return weights.weight_of(
+            heard,
+            functools.partial(weights.examples_in, run.data),
+            is_plain=self._is_plain_step and self._is_plain_loss,
+        )
+
+    def _regularizers(self, run: _Run) -> list[Callable[[], Any]]:
+        scale = self._real_scale_loss if run.is_scaled else lambda loss: loss
+
+        def term(variable: Any) -> Any:
+            return scale(variable.regularizer(variable))
+
+        return [
+            functools.partial(term, v)
+            for v in self._model.trainable_variables
+            if v.regularizer is not None
+        ]
