@@ -88,7 +88,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "`on_update` must be a function of the number of updates. "
                 f"{received('on_update', on_update)}"
             )
-        self.steps = steps
+        self.steps = self._schedule.steps
         self.skip_nonfinite = skip_nonfinite
         self.on_update = on_update
         self._session: Session | None = None

@@ -66,8 +66,9 @@ class Schedule:
                 "`steps` must be an integer >= 1, a dict of them by first "
                 "epoch, or a function of the epoch."
             )
-            value = _checked(steps, rule, received("steps", steps))
-            self._by_epoch = {0: value}
+            steps = _checked(steps, rule, received("steps", steps))
+            self._by_epoch = {0: steps}
+        self.steps = steps
 
     @property
     def is_always_one(self) -> bool:

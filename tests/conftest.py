@@ -1,6 +1,7 @@
 """Hypothesis profiles, the device, and a check that nothing stays patched."""
 
 import os
+import weakref
 
 import hypothesis
 import keras
@@ -48,11 +49,11 @@ def device(request):
 @pytest.fixture(autouse=True)
 def nothing_stays_patched(monkeypatch):
     """Fails a test that leaves a model, optimizer or loss patched."""
-    sessions = []
+    sessions = weakref.WeakSet()
     take_over = Session.take_over
 
     def recorded(self, *args, **kwargs):
-        sessions.append(self)
+        sessions.add(self)
         return take_over(self, *args, **kwargs)
 
     monkeypatch.setattr(Session, "take_over", recorded)

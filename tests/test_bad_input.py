@@ -118,8 +118,8 @@ def test_another_backend(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(
         RuntimeError,
-        match=r"^`GradientAccumulationCallback` must run on Keras's TensorFlow "
-        r"backend\. Received: backend='jax'\. Set the environment variable "
+        match=r"^Gradients are accumulated on Keras's TensorFlow backend only\. "
+        r"Received: backend='jax'\. Set the environment variable "
         r"`KERAS_BACKEND=tensorflow`\.$",
     ):
         GradientAccumulationCallback(2).on_train_begin()
@@ -131,8 +131,10 @@ def test_several_replicas():
     class Mirrored(keras.Sequential):
         distribute_strategy = types.SimpleNamespace(num_replicas_in_sync=2)
 
+    model = Mirrored()
+    model.compile("sgd", "mse")
     callback = GradientAccumulationCallback(2)
-    callback.set_model(Mirrored())
+    callback.set_model(model)
     with pytest.raises(
         RuntimeError,
         match=r"^The model must train on one device for its gradients to be "

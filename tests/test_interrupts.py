@@ -1,0 +1,260 @@
+"""Law 5: a fit that is interrupted anywhere leaves nothing behind."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kaccum import GradientAccumulationCallback
+from tests.reference import Problem, build_model, data
+
+PROBLEM = Problem(epochs=1, examples=22, optimizer="SGD")
+X, Y, _ = data(PROBLEM)
+HOOKS = [
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+    "on_test_begin",
+    "on_test_batch_end",
+    "on_epoch_end",
+    "on_train_end",
+]
+
+
+class Failing(keras.layers.Layer):
+    """Raises `error` while it computes, whenever there is one."""
+
+    error = None
+
+    def call(self, inputs):
+        def check(values):
+            if Failing.error is not None:
+                raise Failing.error
+            return values
+
+        outputs = tf.py_function(check, [inputs], inputs.dtype)
+        return tf.ensure_shape(outputs, inputs.shape)
+
+
+def built():
+    """A model with momentum, so that the state of its optimizer matters."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(5, activation="tanh"),
+            Failing(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(3),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A model to interrupt, and a twin that never saw kaccum."""
+    return built(), built()
+
+
+def variables(model):
+    return [*model.variables, *model.optimizer.variables]
+
+
+def values(model):
+    return [v.numpy() for v in variables(model)]
+
+
+def saved(model):
+    saved = [*model.trainable_variables, *model.optimizer.variables]
+    return [v.numpy() for v in saved]
+
+
+def assert_equal(mine, others):
+    for array, other in zip(mine, others, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def fit(model, callbacks=(), batch_size=4, **options):
+    options = {"shuffle": False, "verbose": 0, **options}
+    callbacks = list(callbacks)
+    return model.fit(X, Y, batch_size, callbacks=callbacks, **options).history
+
+
+def assert_plain(pair, tmp_path):
+    """Every use of the model gives bit for bit what the twin's does."""
+    model, twin = pair
+    before = model.get_weights()
+    # Evaluating and saving must not apply the open window.
+    model.evaluate(X, Y, verbose=0)
+    for mine, other in zip(variables(model), variables(twin), strict=True):
+        other.assign(mine.numpy())
+    for each in pair:
+        each.save(tmp_path / f"{each is model}.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "True.keras", custom_objects={"Failing": Failing}
+    )
+    # Keras does not save the state of a dropout's seed.
+    assert_equal(saved(model), saved(loaded))
+    assert_equal(before, model.get_weights())
+    copy = keras.models.clone_model(model)
+    assert not vars(copy).keys() & {"make_train_function", "get_metrics_result"}
+    results = [
+        [
+            each.predict(X, verbose=0),
+            each.train_on_batch(X[:4], Y[:4]),
+            *fit(each, epochs=2).values(),
+            each.evaluate(X, Y, verbose=0),
+            *each.get_weights(),
+        ]
+        for each in pair
+    ]
+    assert_equal(*results)
+    assert not vars(model).keys() & {"make_train_function"}
+    # With the callback again: the twin's new window is empty as well.
+    seeds = [v.numpy() for v in model.non_trainable_variables]
+    for each in pair:
+        for variable, seed in zip(each.non_trainable_variables, seeds):
+            variable.assign(seed)
+        fit(each, [GradientAccumulationCallback(3)])
+    assert_equal(values(model), values(twin))
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_interrupted_by_a_callback(hook, is_first, error, pair, tmp_path):
+    """Law 5: in any hook of a callback before or after ours."""
+    calls = []
+
+    def fail(*_, **__):
+        # In the second call, if there is one: the fifth batch.
+        calls.append(hook)
+        if len(calls) == (5 if "train_batch" in hook else 1):
+            raise error
+
+    other = keras.callbacks.Callback()
+    setattr(other, hook, fail)
+    if "batch" in hook:
+        # Keras looks at the class to see whether it is called at once.
+        other.__class__ = type("Fails", (type(other),), {hook: fail})
+    callbacks = [other, GradientAccumulationCallback(3)]
+    with pytest.raises(type(error)):
+        fit(
+            pair[0],
+            callbacks[:: 1 if is_first else -1],
+            validation_data=(X, Y),
+        )
+    assert_plain(pair, tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["steps", "on_update"])
+def test_interrupted_by_a_function_of_the_user(where, error, pair, tmp_path):
+    """Law 5: what the user's function raises reaches the user unchanged."""
+
+    def fail(number):
+        if number == 1:
+            raise error
+        return 3
+
+    options = {"steps": 3, where: fail}
+    with pytest.raises(type(error)) as raised:
+        fit(pair[0], [GradientAccumulationCallback(**options)], epochs=2)
+    assert raised.value is error
+    assert_plain(pair, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["generator", "PyDataset", "tf.data"])
+def test_interrupted_by_the_data(kind, pair, tmp_path):
+    """Law 5: the data ends with an error in the middle of a window."""
+
+    def batches():
+        yield from [(X[:4], Y[:4])] * 4
+        raise ZeroDivisionError
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, i):
+            return X[: 4 // (i < 4)], Y[:4]
+
+    signature = (
+        tf.TensorSpec((4, 4), X.dtype),
+        tf.TensorSpec((4,), Y.dtype),
+    )
+    source = {
+        "generator": batches,
+        "PyDataset": Batches,
+        "tf.data": lambda: tf.data.Dataset.from_generator(
+            batches, output_signature=signature
+        ),
+    }[kind]()
+    with pytest.raises((ZeroDivisionError, tf.errors.OpError)):
+        pair[0].fit(
+            source, verbose=0, callbacks=[GradientAccumulationCallback(3)]
+        )
+    assert "make_train_function" not in vars(pair[0])
+    assert_plain(pair, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 4])
+def test_interrupted_by_the_model(batch, pair, tmp_path):
+    """Law 5: the model's own code raises, and it is given back at once."""
+
+    class Sets(keras.callbacks.Callback):
+        def on_train_batch_begin(self, number, logs=None):
+            if number == batch:
+                Failing.error = ValueError("from the layer")
+
+    try:
+        with pytest.raises(tf.errors.OpError, match="from the layer"):
+            fit(pair[0], [GradientAccumulationCallback(3), Sets()])
+    finally:
+        Failing.error = None
+    assert "make_train_function" not in vars(pair[0])
+    assert_plain(pair, tmp_path)
+
+
+def test_compiled_after_an_interruption():
+    """Law 5: a model compiled anew is a new model."""
+    model, twin = build_model(PROBLEM), build_model(PROBLEM)
+    stop = keras.callbacks.LambdaCallback(on_train_batch_end=_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [GradientAccumulationCallback(2), stop])
+    for each in (model, twin):
+        each.compile("adam", "sparse_categorical_crossentropy")
+        fit(each)
+    assert_equal(model.get_weights(), twin.get_weights())
+
+
+def test_a_model_that_is_dropped_is_freed():
+    """Law 5: neither a finished nor an interrupted fit keeps it alive."""
+    def dropped(callbacks):
+        model = build_model(PROBLEM)
+        try:
+            fit(model, [GradientAccumulationCallback(2), *callbacks])
+        except KeyboardInterrupt:
+            pass
+        return weakref.ref(model)
+
+    references = [
+        dropped([]),
+        dropped([keras.callbacks.LambdaCallback(on_train_batch_end=_interrupt)]),
+    ]
+    keras.backend.clear_session()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def _interrupt(batch, logs=None):
+    raise KeyboardInterrupt

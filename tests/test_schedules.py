@@ -1,0 +1,355 @@
+"""`steps` by epoch, and what is told of updates and skipped micro-batches."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kaccum import GradientAccumulationCallback
+from tests import reference
+from tests.reference import Problem, build_model, data
+
+BY_EPOCH = {0: 1, 1: 3, 3: 2}
+LENGTHS = [1, 3, 3, 2]
+
+
+def fit_large(problem, lengths, first=0):
+    """The truth: one plain fit an epoch, each with its own batch size."""
+    model = build_model(problem)
+    model.optimizer.build(model.trainable_variables)
+    x, y, _ = data(problem)
+    history = {}
+    for epoch, steps in enumerate(lengths):
+        logs = model.fit(
+            x,
+            y,
+            problem.micro_batch * steps,
+            initial_epoch=first + epoch,
+            epochs=first + epoch + 1,
+            shuffle=False,
+            verbose=0,
+        ).history
+        for name, values in logs.items():
+            history.setdefault(name, []).extend(values)
+    return reference.result_of(model, history)
+
+
+def fit_micro(problem, steps, model=None, **options):
+    model = model or build_model(problem)
+    x, y, _ = data(problem)
+    callback = GradientAccumulationCallback(steps, **options)
+    history = model.fit(
+        x,
+        y,
+        problem.micro_batch,
+        epochs=problem.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[callback],
+    ).history
+    return reference.result_of(model, history)
+
+
+@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_steps_by_epoch_train_as_large_batches(execution, steps_per_execution):
+    """Law 1, epoch by epoch, for a dict and the same as a function."""
+    problem = Problem(
+        execution=execution, epochs=4, steps_per_execution=steps_per_execution
+    )
+    large = fit_large(problem, LENGTHS)
+    for steps in (BY_EPOCH, LENGTHS.__getitem__):
+        micro = fit_micro(problem, steps)
+        reference.assert_same(problem, micro, large)
+
+
+def test_the_first_epoch_is_respected():
+    """A fit that starts at epoch 2 starts in the middle of the schedule."""
+    problem, asked = Problem(epochs=4), []
+
+    def steps(epoch):
+        asked.append(epoch)
+        return np.int64(LENGTHS[epoch])
+
+    large = fit_large(problem, LENGTHS[2:], first=2)
+    for each in (BY_EPOCH, steps):
+        model = build_model(problem)
+        x, y, _ = data(problem)
+        history = model.fit(
+            x,
+            y,
+            problem.micro_batch,
+            initial_epoch=2,
+            epochs=4,
+            shuffle=False,
+            verbose=0,
+            callbacks=[GradientAccumulationCallback(each)],
+        ).history
+        micro = reference.result_of(model, history)
+        reference.assert_same(problem, micro, large)
+    assert asked == [2, 3]
+
+
+def test_epochs_of_one_micro_batch_are_plain_bit_for_bit():
+    """Law 7, where the schedule says so."""
+    problem = Problem(epochs=2)
+    plain = reference.fit_micro(problem, callbacks=[])
+    micro = fit_micro(problem, {0: 1, 7: 4})
+    for mine, other in zip(micro.weights, plain.weights, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert micro.history == plain.history
+
+
+def test_another_length_compiles_nothing():
+    """Law 10: neither does a second fit with the same callback."""
+    traces = []
+
+    class Counting(keras.Model):
+        def train_step(self, data):
+            traces.append(1)
+            return super().train_step(data)
+
+    inputs = keras.Input((reference.FEATURES,))
+    model = Counting(inputs, keras.layers.Dense(reference.CLASSES)(inputs))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x, y, _ = data(Problem(examples=16))
+    lengths = [1, 2, 4, 3, 1]
+    callback = GradientAccumulationCallback(lambda epoch: lengths[epoch])
+
+    def fit(epochs):
+        options = {"verbose": 0, "callbacks": [callback], "epochs": epochs}
+        model.fit(x, y, 4, **options)
+
+    fit(2)
+    first = len(traces)
+    # *plain*, *add* and *update*, once each.
+    assert first == 3
+    fit(5)
+    assert len(traces) == first
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+@pytest.mark.parametrize("unknown_length", [False, True])
+@pytest.mark.parametrize(
+    "steps, skips, expected",
+    [(3, False, 2), (1, False, 5), (3, True, 2), (1, True, 5), (9, False, 1)],
+)
+def test_every_update_is_told(
+    steps, skips, expected, unknown_length, steps_per_execution
+):
+    """`on_update` is called after each one, also of a short window."""
+    problem = Problem(
+        steps=steps,
+        unknown_length=unknown_length,
+        steps_per_execution=steps_per_execution,
+    )
+    model, told = build_model(problem), []
+
+    def on_update(count):
+        told.append((count, int(model.optimizer.iterations)))
+
+    callback = GradientAccumulationCallback(
+        steps, on_update=on_update, skip_nonfinite=skips
+    )
+    reference.fit_micro(problem, model, [callback])
+    counts = [count for count, _ in told]
+    assert counts == list(range(1, 2 * expected + 1))
+    if steps_per_execution == 1:
+        # (Keras counts an update too many at the end of an epoch of unknown
+        # length where nothing is accumulated.)
+        exact = steps > 1 or skips or not unknown_length
+        assert not exact or all(count == made for count, made in told)
+
+
+def test_the_count_of_updates_starts_anew_with_each_fit():
+    """`on_update` counts the updates of its own fit."""
+    problem, told = Problem(epochs=1), []
+    callback = GradientAccumulationCallback(3, on_update=told.append)
+    model = build_model(problem)
+    reference.fit_micro(problem, model, [callback])
+    reference.fit_micro(problem, model, [callback])
+    assert told == [1, 2, 1, 2]
+
+
+def test_callbacks_are_still_dispatched_asynchronously():
+    """No hook is called for each batch, with whatever options."""
+    plain = keras.callbacks.Callback
+    ours = GradientAccumulationCallback
+    hooks = [name for name in dir(plain) if "batch" in name]
+    assert len(hooks) >= 6
+    for hook in hooks:
+        assert getattr(ours, hook) is getattr(plain, hook)
+
+
+def _with_bad(problem, place):
+    """Windows of two good micro-batches, and a bad one in each of them."""
+    x, y, _ = data(problem)
+    size = problem.micro_batch
+    bad = [np.nan, np.inf, -np.inf]
+    xs, ys = [], []
+    for i, start in enumerate(range(0, len(x), 2 * size)):
+        rows = np.array(x[:size])
+        rows[1, 2] = bad[i % 3]
+        parts = [x[start : start + size], x[start + size : start + 2 * size]]
+        parts.insert(place, rows)
+        labels = [y[start : start + size], y[start + size : start + 2 * size]]
+        labels.insert(place, y[:size])
+        xs, ys = xs + parts, ys + labels
+    return np.concatenate(xs), np.concatenate(ys)
+
+
+def _with_state(problem):
+    """A model that has averages, random numbers and metrics."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((reference.FEATURES,)),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(5, activation="tanh"),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(reference.CLASSES),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.05),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        run_eagerly=problem.execution == "eager",
+        jit_compile=problem.execution == "xla",
+        steps_per_execution=problem.steps_per_execution,
+    )
+    return model
+
+
+@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nonfinite_micro_batch_is_as_if_it_had_never_come(
+    execution, steps_per_execution, place
+):
+    """`skip_nonfinite`: gradients, metrics, averages and random numbers."""
+    problem = Problem(
+        examples=24,
+        execution=execution,
+        steps_per_execution=steps_per_execution,
+    )
+    x, y = _with_bad(problem, place)
+    model, twin = _with_state(problem), _with_state(problem)
+    options = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+    callback = GradientAccumulationCallback(3, skip_nonfinite=True)
+    log = model.fit(x, y, callbacks=[callback], **options).history
+    assert callback.skipped_micro_batches == 6
+    assert log.pop("skipped_micro_batches") == [3, 3]
+    x, y, _ = data(problem)
+    other = twin.fit(
+        x, y, callbacks=[GradientAccumulationCallback(2)], **options
+    ).history
+    micro, large = (
+        reference.result_of(model, log),
+        reference.result_of(twin, other),
+    )
+    assert micro.iterations == large.iterations == 6
+    for mine, theirs in zip(micro.weights, large.weights, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    for name in other:
+        np.testing.assert_allclose(log[name], other[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_a_window_of_nonfinite_micro_batches_makes_no_update(
+    steps, steps_per_execution
+):
+    """`skip_nonfinite`: not even with a gradient of zero."""
+    problem = Problem(steps_per_execution=steps_per_execution)
+    x, y, _ = data(problem)
+    model, told = build_model(problem), []
+    before = model.get_weights()
+    callback = GradientAccumulationCallback(
+        steps, skip_nonfinite=True, on_update=told.append
+    )
+    fit = {"batch_size": 4, "verbose": 0, "callbacks": [callback]}
+    history = model.fit(np.full_like(x, np.nan), y, **fit).history
+    assert history["skipped_micro_batches"] == [5]
+    assert told == [] and int(model.optimizer.iterations) == 0
+    for mine, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    # And the next fit counts from zero.
+    model.fit(x, y, **fit)
+    assert callback.skipped_micro_batches == 0
+    assert len(told) == -(-5 // steps)
+
+
+def test_the_skipped_are_logged_for_every_callback(tmp_path):
+    """The entry is there before validation, for callbacks before ours too."""
+    problem = Problem(examples=24, epochs=2)
+    x, y = _with_bad(problem, 1)
+    model, seen = build_model(problem), []
+    log = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(
+            logs["skipped_micro_batches"]
+        )
+    )
+    csv = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    callback = GradientAccumulationCallback(3, skip_nonfinite=True)
+    model.fit(
+        x,
+        y,
+        4,
+        epochs=2,
+        validation_data=data(problem)[:2],
+        verbose=0,
+        shuffle=False,
+        callbacks=[log, csv, callback],
+    )
+    assert seen == [3, 3]
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert "skipped_micro_batches" in rows[0].split(",")
+
+
+def test_a_second_gradient_that_is_not_finite_counts_too():
+    """A `train_step` that applies twice: both or none."""
+
+    class Twice(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape(persistent=True) as tape:
+                loss = tf.reduce_mean(tf.square(self(x) - y))
+                late = loss + tf.reduce_sum(tf.math.log(x[:, 0]))
+            first, second = self.trainable_variables
+            self.optimizer.apply([tape.gradient(loss, first)], [first])
+            bad = tape.gradient(late, second) + 0.0 * tf.math.log(x[0, 0])
+            self.optimizer.apply([bad], [second])
+            return {"loss": loss}
+
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((2,))
+    model = Twice(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(keras.optimizers.SGD(0.1))
+    model.optimizer.build(model.trainable_variables)
+    before = model.get_weights()
+    x = np.ones((4, 2), "float32")
+    x[:, 0] = 0.0
+    callback = GradientAccumulationCallback(2, skip_nonfinite=True)
+    model.fit(x, np.ones((4, 1)), 2, verbose=0, callbacks=[callback])
+    assert callback.skipped_micro_batches == 2
+    for mine, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_sparse_gradients_that_are_not_finite_are_skipped():
+    """`skip_nonfinite` looks at the rows of an embedding's gradient."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.layers.Embedding(5, 2), keras.layers.Flatten()]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.array([[0], [1], [2], [3]])
+    y = np.ones((4, 2))
+    y[1] = np.nan
+    callback = GradientAccumulationCallback(4, skip_nonfinite=True)
+    before = model(x).numpy()
+    model.fit(x, y, 1, verbose=0, shuffle=False, callbacks=[callback])
+    moved = np.any(model(x).numpy() != before, axis=(1, 2)[: before.ndim - 1])
+    assert moved.tolist() == [True, False, True, True]
+    assert callback.skipped_micro_batches == 1
