@@ -118,8 +118,8 @@ def test_another_backend(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(
         RuntimeError,
-        match=r"^Gradients are accumulated on Keras's TensorFlow backend only\. "
-        r"Received: backend='jax'\. Set the environment variable "
+        match=r"^Gradients are accumulated on Keras's TensorFlow backend "
+        r"only\. Received: backend='jax'\. Set the environment variable "
         r"`KERAS_BACKEND=tensorflow`\.$",
     ):
         GradientAccumulationCallback(2).on_train_begin()

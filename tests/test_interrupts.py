@@ -247,9 +247,10 @@ def test_a_model_that_is_dropped_is_freed():
             pass
         return weakref.ref(model)
 
+    interrupts = keras.callbacks.LambdaCallback
     references = [
         dropped([]),
-        dropped([keras.callbacks.LambdaCallback(on_train_batch_end=_interrupt)]),
+        dropped([interrupts(on_train_batch_end=_interrupt)]),
     ]
     keras.backend.clear_session()
     gc.collect()

@@ -122,8 +122,6 @@ def test_another_length_compiles_nothing():
 
     fit(2)
     first = len(traces)
-    # *plain*, *add* and *update*, once each.
-    assert first == 3
     fit(5)
     assert len(traces) == first
 
