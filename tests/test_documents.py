@@ -9,7 +9,12 @@ import textwrap
 
 import pytest
 
-from kaccum import GradientAccumulationCallback, __main__
+from kaccum import (
+    GradientAccumulationCallback,
+    GradientAccumulator,
+    __main__,
+    accumulate,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text()
@@ -30,9 +35,14 @@ def test_the_readmes_program_prints_what_it_says():
     assert run(program) == output.strip()
 
 
-def test_the_docstrings_example_prints_what_it_says():
+@pytest.mark.parametrize(
+    "documented",
+    [GradientAccumulationCallback, GradientAccumulator, accumulate],
+    ids=lambda each: each.__name__,
+)
+def test_the_docstrings_example_prints_what_it_says(documented):
     """The comment behind a `print` is its output."""
-    doc = inspect.getdoc(GradientAccumulationCallback)
+    doc = inspect.getdoc(documented)
     program = re.search(r"```python\n(.*?)```", doc, re.S).group(1)
     expected = re.search(r"print\(.*\)  # (\S+):", program).group(1)
     assert run(program).splitlines()[-1] == expected
