@@ -13,6 +13,7 @@ from keras import ops
 
 from kaccum.backend import engine
 from kaccum.checks import check_optimizer
+from kaccum.keras_private import variables_of
 
 
 class GradientAccumulator:
@@ -69,8 +70,7 @@ class GradientAccumulator:
         self.optimizer = optimizer
         self._engine = engine()
         self._apply = apply or optimizer.apply
-        self._variables: list[Any] = []
-        self._known: set[int] = set()
+        self._variables: dict[int, Any] = {}
         self._dtypes: dict[int, Any] = {}
         self._sums: dict[int, Any] = {}
         # Variables with a gradient: in some compiled step, so perhaps in this
@@ -105,8 +105,9 @@ class GradientAccumulator:
         Args:
             gradients: Tensors of the variables' shapes, `tf.IndexedSlices`, or
                 `None` where a variable has no gradient.
-            variables: The variables, in the same order. The first `add` names
-                all there are; later ones may leave some out.
+            variables: The variables, in the same order: those that the
+                optimizer was built for, or some of them. An optimizer that is
+                not built yet is built for those of the first `add`.
             weight: Scalar, the denominator of the micro-batch's mean loss: its
                 number of examples, of unmasked elements, or its sum of
                 weights. `None` for a loss that is a sum.
@@ -114,14 +115,13 @@ class GradientAccumulator:
                 it had never come. Defaults to true.
 
         Raises:
-            ValueError: If there are more or fewer gradients than variables, a
-                variable is new, or a `weight` of `None` follows another.
+            ValueError: If there are more or fewer gradients than variables, the
+                optimizer does not know a variable, or a `weight` of `None`
+                follows another.
         """
         gradients, variables = list(gradients), list(variables)
         self._check(gradients, variables, weight)
-        build_optimizer(self.optimizer, variables)
-        self._known = self._known or {id(v) for v in variables}
-        self._variables = variables
+        self._variables.update({id(v): v for v in variables})
         self._is_divided = weight is not None
         if where is not None:
             gradients = self._engine.zero_unless(where, gradients)
@@ -154,7 +154,8 @@ class GradientAccumulator:
         if not self._variables:
             raise RuntimeError(_NOTHING_ADDED)
         with self._engine.positive(self._count, _NOTHING_ADDED):
-            self._apply(self._window_gradients(), self._variables)
+            variables = list(self._variables.values())
+            self._apply(self._window_gradients(), variables)
         self.reset()
 
     def reset(self) -> None:
@@ -169,6 +170,9 @@ class GradientAccumulator:
         for total in self._sums.values():
             self._engine.release(total)
         self._in_window.clear()
+        if not self._compiled:
+            # Until the next fit, eager code may freeze some of them.
+            self._variables.clear()
 
     def count_once(self, terms: list[Callable[[], Any]]) -> None:
         """Says which terms of the loss do not depend on the data.
@@ -189,14 +193,16 @@ class GradientAccumulator:
                 "`gradients` must be as many as `variables`. Received: "
                 f"{len(gradients)} gradients and {len(variables)} variables."
             )
-        new = [v for v in variables if self._known and id(v) not in self._known]
-        if new:
-            name = getattr(new[0], "path", new[0].name)
-            raise ValueError(
-                "`variables` must be those of the first `add`. Received: "
-                f"{name!r}, which was not among them. Use a "
-                "`GradientAccumulator` of its own for other variables."
-            )
+        build_optimizer(self.optimizer, variables)
+        known = {id(v) for v in variables_of(self.optimizer)}
+        for variable in variables:
+            if id(variable) not in known:
+                name = getattr(variable, "path", variable.name)
+                raise ValueError(
+                    "`variables` must be those that the optimizer was built "
+                    f"for. Received: {name!r}, which is not among them. Use "
+                    "another optimizer, in a `GradientAccumulator` of its own."
+                )
         if self._is_divided not in (None, weight is not None):
             raise ValueError(
                 "`weight` must be `None` for all micro-batches or for none: "
@@ -219,8 +225,7 @@ class GradientAccumulator:
         gradients: list[Any] = [None] * len(self._variables)
         weight = self._engine.value_of(self._weight)
         share = ops.divide_no_nan(1.0, weight)
-        for i, variable in enumerate(self._variables):
-            key = id(variable)
+        for i, (key, variable) in enumerate(self._variables.items()):
             if key not in self._compiled | self._in_window:
                 continue
             gradient = self._engine.value_of(self._sums[key])
@@ -230,8 +235,8 @@ class GradientAccumulator:
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients)
         return [
-            g if g is None else ops.cast(g, self._dtypes[id(v)])
-            for g, v in zip(gradients, self._variables)
+            g if g is None else ops.cast(g, self._dtypes[key])
+            for g, key in zip(gradients, self._variables)
         ]
 
     def _subtract_repetitions(self, gradients: list[Any]) -> None:
@@ -240,7 +245,8 @@ class GradientAccumulator:
         def loss() -> Any:
             return sum(ops.sum(term()) for term in self._once)
 
-        once = self._engine.gradients_of(loss, self._variables)
+        variables = list(self._variables.values())
+        once = self._engine.gradients_of(loss, variables)
         for i, term in enumerate(once):
             if term is not None and gradients[i] is not None:
                 dtype = gradients[i].dtype

@@ -90,13 +90,12 @@ class Session:
         """Makes the model's next training steps accumulate.
 
         Args:
-            window: Says when to update. Starts empty.
+            window: Says when to update, empty.
             is_for_fit: Whether it lasts for the running `fit` only.
             skip_nonfinite: Whether to leave out micro-batches with a NaN or
                 infinite gradient.
             on_update: Called with the number of updates after each one.
         """
-        window.reset()
         self._begin(window, is_for_fit, on_update)
         self._use_engine(skip_nonfinite)
         for patch in self._patches:

@@ -106,8 +106,6 @@ class TrainingStep:
 
     def start(self) -> None:
         """Makes ready for training: all sums are empty."""
-        if self._model.built and self._is_plain_step:
-            build_optimizer(self._optimizer, self._model.trainable_variables)
         self.reset()
         self.forget_skipped()
 

@@ -1,4 +1,4 @@
-"""One clear error for each bad call, and a model left as it was."""
+"""One clear error for each bad call, and nothing lost."""
 
 import re
 import types
@@ -6,111 +6,391 @@ import types
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from kaccum import GradientAccumulationCallback
+from kaccum import GradientAccumulationCallback, GradientAccumulator, accumulate
 
-RULE = (
+X, Y = np.ones((10, 2), "float32"), np.ones((10, 1), "float32")
+STEPS = (
     "`steps` must be an integer >= 1, a dict of them by first epoch, or a "
-    "function of the epoch. Received: "
+    "function of the epoch. Received: steps="
 )
+KEYS = "The keys of `steps` must be epochs, integers >= 0. Received: "
+VALUES = "The values of `steps` must be integers >= 1. Received: "
+START = "A dict of `steps` must start at epoch 0. Received: steps="
+RETURNED = "The function `steps` must return an integer >= 1. Received: "
+ONE_CALLBACK = (
+    "Only one callback of a `fit` must accumulate gradients. Received: 2 of "
+    "`GradientAccumulationCallback`. Keep one."
+)
+NESTED = (
+    "`accumulate` must be given a model that does not accumulate yet. "
+    "Received: one inside of another `accumulate`, or of a `fit` with a "
+    "`GradientAccumulationCallback`."
+)
+FIT_INSIDE = (
+    "`fit` must not be called on a model inside its `accumulate`. Received: a "
+    "`fit`. Pass it a `GradientAccumulationCallback` instead, outside of the "
+    "`with` block."
+)
+
+
+def compiled(optimizer=None):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    return model
+
+
+def fit(model, *callbacks):
+    model.fit(X, Y, 2, verbose=0, shuffle=False, callbacks=list(callbacks))
+
+
+def refused_at_once(model, *callbacks):
+    """A fit that must end before the model is taken over."""
+    try:
+        fit(model, *callbacks)
+    finally:
+        assert "make_train_function" not in vars(model)
+        assert "get_metrics_result" not in vars(model)
+        assert model.train_function.__name__ == "function"
+
+
+def of(*steps, **options):
+    """A call that makes callbacks and fits with them."""
+
+    def call(model):
+        made = [GradientAccumulationCallback(s, **options) for s in steps]
+        refused_at_once(model, *made)
+
+    return call
+
+
+def of_function(value):
+    """A call that fits with a function of the epoch."""
+    return lambda model: fit(
+        model, GradientAccumulationCallback(lambda epoch: value)
+    )
+
+
+def block(steps, inside=lambda model: None):
+    """A call that enters an `accumulate`."""
+
+    def call(model):
+        with accumulate(model, steps):
+            inside(model)
+
+    return call
+
+
+def block_in_fit(model):
+    enter = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: block(2)(model)
+    )
+    fit(model, GradientAccumulationCallback(9), enter)
+
+
+BAD_CALLS = {
+    "steps=0": (of(0), ValueError, STEPS + "0 (int)."),
+    "steps=-1": (of(-1), ValueError, STEPS + "-1 (int)."),
+    "steps=int64(0)": (
+        of(np.int64(0)),
+        ValueError,
+        STEPS + "np.int64(0) (int64).",
+    ),
+    "steps=2.5": (of(2.5), TypeError, STEPS + "2.5 (float)."),
+    "steps=4.0": (of(4.0), TypeError, STEPS + "4.0 (float)."),
+    "steps=True": (of(True), TypeError, STEPS + "True (bool)."),
+    "steps='4'": (of("4"), TypeError, STEPS + "'4' (str)."),
+    "steps=None": (of(None), TypeError, STEPS + "None (NoneType)."),
+    "steps=[4]": (of([4]), TypeError, STEPS + "[4] (list)."),
+    "steps={}": (of({}), ValueError, START + "{} (dict)."),
+    "steps={1: 4}": (of({1: 4}), ValueError, START + "{1: 4} (dict)."),
+    "steps={0: 0}": (of({0: 0}), ValueError, VALUES + "0 (int) for epoch 0."),
+    "steps={0: 2.5}": (
+        of({0: 2.5}),
+        TypeError,
+        VALUES + "2.5 (float) for epoch 0.",
+    ),
+    "steps={0: True}": (
+        of({0: True}),
+        TypeError,
+        VALUES + "True (bool) for epoch 0.",
+    ),
+    "steps={'0': 4}": (
+        of({"0": 4}),
+        TypeError,
+        KEYS + "'0' (str) in steps={'0': 4}.",
+    ),
+    "steps={-1: 4}": (
+        of({-1: 4}),
+        ValueError,
+        KEYS + "-1 (int) in steps={-1: 4}.",
+    ),
+    "steps-returns-0": (
+        of_function(0),
+        ValueError,
+        RETURNED + "0 (int) for epoch 0.",
+    ),
+    "steps-returns-2.5": (
+        of_function(2.5),
+        TypeError,
+        RETURNED + "2.5 (float) for epoch 0.",
+    ),
+    "steps-returns-None": (
+        of_function(None),
+        TypeError,
+        RETURNED + "None (NoneType) for epoch 0.",
+    ),
+    "on_update=3": (
+        of(2, on_update=3),
+        TypeError,
+        "`on_update` must be a function of the number of updates. Received: "
+        "on_update=3 (int).",
+    ),
+    "skip_nonfinite=1": (
+        of(2, skip_nonfinite=1),
+        TypeError,
+        "`skip_nonfinite` must be True or False. Received: skip_nonfinite=1 "
+        "(int).",
+    ),
+    "two-callbacks": (of(2, 3), RuntimeError, ONE_CALLBACK),
+    "two-callbacks-one-of-1": (of(1, 3), RuntimeError, ONE_CALLBACK),
+    "accumulate-0": (
+        block(0),
+        ValueError,
+        "`steps` must be an integer >= 1. Received: steps=0 (int).",
+    ),
+    "accumulate-dict": (
+        block({0: 4}),
+        TypeError,
+        "`steps` must be an integer >= 1. Received: steps={0: 4} (dict).",
+    ),
+    "accumulate-twice": (block(2, block(2)), RuntimeError, NESTED),
+    "accumulate-in-fit": (block_in_fit, RuntimeError, NESTED),
+    "fit-in-accumulate": (block(2, fit), RuntimeError, FIT_INSIDE),
+    "callback-in-accumulate": (
+        block(2, lambda model: fit(model, GradientAccumulationCallback(2))),
+        RuntimeError,
+        FIT_INSIDE,
+    ),
+}
+
+
+def variables(model):
+    return [*model.variables, *model.optimizer.variables]
+
+
+def state(model):
+    return [v.numpy() for v in variables(model)]
+
+
+def set_state(model, values):
+    for variable, value in zip(variables(model), values, strict=True):
+        variable.assign(value)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model to call badly, its first state, and that after a good fit."""
+    keras.utils.set_random_seed(0)
+    model, twin = compiled(), compiled()
+    twin.set_weights(model.get_weights())
+    for each in (model, twin):
+        each.optimizer.build(each.trainable_variables)
+    before = state(model)
+    fit(twin, GradientAccumulationCallback(2))
+    return model, before, state(twin)
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_is_refused_and_nothing_is_lost(name, model):
+    """A whole sentence; and the model trains as if it had not been called."""
+    model, before, after = model
+    call, error, message = BAD_CALLS[name]
+    set_state(model, before)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(model)
+    if name != "accumulate-in-fit":
+        # (There the fit had made its update.)
+        for mine, value in zip(state(model), before, strict=True):
+            np.testing.assert_array_equal(mine, value)
+    set_state(model, before)
+    fit(model, GradientAccumulationCallback(2))
+    for mine, value in zip(state(model), after, strict=True):
+        np.testing.assert_array_equal(mine, value)
+
+
+def own_accumulation(name="SGD", **options):
+    return getattr(keras.optimizers, name)(
+        gradient_accumulation_steps=2, **options
+    )
+
+
+def compiled_anew(make_optimizer, call):
+    """A call on a model of its own, which then trains with another one."""
+
+    def run():
+        model = compiled()
+        model.compile(make_optimizer(), "mse")
+        weights = model.get_weights()
+        try:
+            call(model)
+        finally:
+            np.testing.assert_array_equal(weights[0], model.get_weights()[0])
+            model.compile("sgd", "mse")
+            fit(model, GradientAccumulationCallback(2))
+            assert int(model.optimizer.iterations) == 3
+
+    return run
+
+
+ACCUMULATES = (
+    "The optimizer must not accumulate gradients itself. Received: SGD with "
+    "gradient_accumulation_steps=2. Leave that argument out."
+)
+NO_OPTIMIZER = (
+    "The model must have an optimizer to accumulate gradients for. Received: "
+    "optimizer=None. Pass one to `compile`."
+)
+BAD_OPTIMIZERS = {
+    "plain": (own_accumulation, of(2), ACCUMULATES),
+    "in-accumulate": (own_accumulation, block(2), ACCUMULATES),
+    "in-loss-scale": (
+        lambda: keras.optimizers.LossScaleOptimizer(own_accumulation()),
+        of(2),
+        ACCUMULATES,
+    ),
+    "in-multi": (
+        lambda: keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(own_accumulation())
+        ),
+        of(2),
+        ACCUMULATES,
+    ),
+    "none": (lambda: None, of(2), NO_OPTIMIZER),
+    "none-in-accumulate": (lambda: None, block(2), NO_OPTIMIZER),
+    "skip_nonfinite-beside-loss-scale": (
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+        of(2, skip_nonfinite=True),
+        "`skip_nonfinite` must not be used with a `LossScaleOptimizer`, which "
+        "has to see an overflow to lower its scale. Received: "
+        "skip_nonfinite=True and a LossScaleOptimizer. Leave one of them out.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIMIZERS)
+def test_a_bad_optimizer_is_refused(name):
+    """A whole sentence; and with another one the model trains."""
+    if name == "in-multi" and not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("newer Keras only")
+    make_optimizer, call, message = BAD_OPTIMIZERS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        compiled_anew(make_optimizer, call)()
+
+
+def test_an_uncompiled_model_is_refused():
+    """There is no optimizer; once it is compiled it trains."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(
+        ValueError,
+        match="^The model must be compiled to accumulate gradients. Received: "
+        "a Sequential that is not. Call `compile` first.$",
+    ):
+        block(2)(model)
+    model.compile("sgd", "mse")
+    block(2, lambda model: model.train_on_batch(X, Y))(model)
+    assert int(model.optimizer.iterations) == 1
+
+
+NOTHING = (
+    "`apply` must follow an `add`: a window without micro-batches has no "
+    "gradient. Received: nothing since the last `apply`."
+)
+BAD_ADDS = {
+    "more-gradients": (
+        lambda sums, variable: sums.add([[1.0], [1.0]], [variable], 1.0),
+        "`gradients` must be as many as `variables`. Received: 2 gradients "
+        "and 1 variables.",
+    ),
+    "another-variable": (
+        lambda sums, variable: sums.add(
+            [[1.0]], [keras.Variable([0.0], name="other")], 1.0
+        ),
+        "`variables` must be those that the optimizer was built for. "
+        "Received: 'other', which is not among them. Use another optimizer, "
+        "in a `GradientAccumulator` of its own.",
+    ),
+    "weight-none-after-a-number": (
+        lambda sums, variable: sums.add([[1.0]], [variable], None),
+        "`weight` must be `None` for all micro-batches or for none: losses "
+        "are sums or means. Received: both.",
+    ),
+}
+
+
+def moved(sums, variable):
+    before = float(variable.numpy()[0])
+    sums.apply()
+    return before - float(variable.numpy()[0])
+
+
+@pytest.mark.parametrize("name", BAD_ADDS)
+def test_a_bad_add_adds_nothing(name):
+    """A whole sentence; and the window is what it was."""
+    call, message = BAD_ADDS[name]
+    variable = keras.Variable([0.0])
+    sums = GradientAccumulator(keras.optimizers.SGD(1.0))
+    sums.add([tf.constant([3.0])], [variable], 1.0)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(sums, variable)
+    assert int(sums.count) == 1 and moved(sums, variable) == 3.0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+def test_an_apply_without_an_add_is_refused(compiled):
+    """At first and after another `apply`; the next window is right."""
+    variable = keras.Variable([0.0])
+    sums = GradientAccumulator(keras.optimizers.SGD(1.0))
+    with pytest.raises(RuntimeError, match=f"^{NOTHING}$"):
+        sums.apply()
+    apply, error, message = sums.apply, RuntimeError, f"^{NOTHING}$"
+    sums.add([tf.constant([3.0])], [variable], 1.0)
+    if compiled:
+        # TensorFlow adds where in the graph it happened.
+        apply, message = tf.function(apply), re.escape(NOTHING)
+        error = tf.errors.InvalidArgumentError
+    apply()
+    with pytest.raises(error, match=message):
+        apply()
+    sums.add([tf.constant([5.0])], [variable], 1.0)
+    assert moved(sums, variable) == 5.0
+    assert int(sums.optimizer.iterations) == 2
 
 
 @pytest.mark.parametrize(
-    "steps, error, received",
+    "make, error, message",
     [
-        (0, ValueError, "steps=0 (int)."),
-        (-1, ValueError, "steps=-1 (int)."),
-        (np.int64(0), ValueError, "steps=np.int64(0) (int64)."),
-        (2.5, TypeError, "steps=2.5 (float)."),
-        (4.0, TypeError, "steps=4.0 (float)."),
-        (True, TypeError, "steps=True (bool)."),
-        ("4", TypeError, "steps='4' (str)."),
-        (None, TypeError, "steps=None (NoneType)."),
-        ([4], TypeError, "steps=[4] (list)."),
+        (
+            lambda: "sgd",
+            TypeError,
+            "`optimizer` must be a `keras.optimizers.Optimizer`. Received: "
+            "optimizer='sgd' (str).",
+        ),
+        (own_accumulation, ValueError, ACCUMULATES),
     ],
-    ids=repr,
+    ids=["a-name", "accumulates-itself"],
 )
-def test_bad_steps(steps, error, received):
-    """`steps` is checked before training."""
-    with pytest.raises(error, match=f"^{re.escape(RULE + received)}$"):
-        GradientAccumulationCallback(steps)
+def test_a_bad_optimizer_of_an_accumulator(make, error, message):
+    """Refused before anything is summed."""
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        GradientAccumulator(make())
 
 
 def test_numpy_integers_are_integers():
     """`steps` may come out of an array."""
     steps = GradientAccumulationCallback(np.int32(4)).steps
     assert steps == 4 and type(steps) is int
-
-
-def fit(optimizer, callbacks):
-    """Fits a model that must be left as it was."""
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(optimizer, "mse")
-    x, y = np.ones((4, 2)), np.ones((4, 1))
-    before = model.get_weights()
-    try:
-        model.fit(x, y, verbose=0, callbacks=callbacks)
-    finally:
-        assert "make_train_function" not in vars(model)
-        assert "get_metrics_result" not in vars(model)
-        assert model.train_function.__name__ == "function"
-        np.testing.assert_array_equal(before[0], model.get_weights()[0])
-
-
-def own_accumulation(name, **options):
-    return getattr(keras.optimizers, name)(
-        gradient_accumulation_steps=2, **options
-    )
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda: own_accumulation("SGD"),
-        lambda: keras.optimizers.LossScaleOptimizer(own_accumulation("SGD")),
-        pytest.param(
-            lambda: keras.optimizers.MultiOptimizer(
-                keras.optimizers.OptimizerMap(own_accumulation("SGD"))
-            ),
-            marks=pytest.mark.skipif(
-                not hasattr(keras.optimizers, "MultiOptimizer"),
-                reason="newer Keras only",
-            ),
-        ),
-    ],
-    ids=["plain", "loss-scale", "multi"],
-)
-def test_an_optimizer_that_accumulates_itself(optimizer):
-    """The message names the argument."""
-    with pytest.raises(
-        ValueError,
-        match=r"^The optimizer must not accumulate gradients itself\. "
-        r"Received: SGD with gradient_accumulation_steps=2\. "
-        r"Leave that argument out\.$",
-    ):
-        fit(optimizer(), [GradientAccumulationCallback(2)])
-
-
-@pytest.mark.parametrize("first", [1, 2])
-def test_two_accumulating_callbacks(first):
-    """One `fit`, one window."""
-    callbacks = [GradientAccumulationCallback(n) for n in (first, 3)]
-    with pytest.raises(
-        RuntimeError,
-        match=r"^Only one callback of a `fit` must accumulate gradients\. "
-        r"Received: 2 of `GradientAccumulationCallback`\. Keep one\.$",
-    ):
-        fit("sgd", callbacks)
-
-
-def test_a_model_without_an_optimizer():
-    """There is nothing to take over."""
-    with pytest.raises(
-        ValueError,
-        match=r"^The model must have an optimizer to accumulate gradients "
-        r"for\. Received: optimizer=None\. Pass one to `compile`\.$",
-    ):
-        fit(None, [GradientAccumulationCallback(2)])
 
 
 def test_another_backend(monkeypatch):

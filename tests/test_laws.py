@@ -370,20 +370,22 @@ def test_nothing_is_compiled_twice():
     model.compile("adam", "sparse_categorical_crossentropy")
     x, y, _ = data(Problem())
 
-    def fit(steps, n=18):
-        callback = GradientAccumulationCallback(steps)
+    def fit(callback, n=18):
         options = {"batch_size": 4, "verbose": 0, "callbacks": [callback]}
         model.fit(x[:n], y[:n], epochs=2, **options)
 
-    fit(3)
+    ours = GradientAccumulationCallback
+    by_epoch = ours(lambda epoch: [1, 3][epoch])
+    fit(by_epoch)
     first = len(traces)
-    fit(3)
-    fit(2)
-    fit(5, 17)
+    fit(by_epoch)
+    fit(ours({0: 4, 1: 1}))
+    fit(ours(2))
+    fit(ours(5), 17)
     assert len(traces) == first
     model.compile("adam", "sparse_categorical_crossentropy")
-    fit(3)
-    assert len(traces) > first
+    fit(by_epoch)
+    assert len(traces) == 2 * first
 
 
 def test_the_sums_are_freed_after_fit():

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kaccum import GradientAccumulationCallback, GradientAccumulator, accumulate
+from kaccum import GradientAccumulator, accumulate
 from tests import reference
+from tests import test_interrupts as interrupted
 from tests.reference import Problem, build_model, data
 
 PROBLEM = Problem(examples=18)
@@ -68,22 +69,133 @@ def test_two_models_have_a_window_each():
     reference.assert_same(PROBLEM, result(two), result(twin))
 
 
-def test_a_fit_inside_the_block_is_refused():
-    """One mechanism at a time; and the block goes on."""
-    model = build_model(PROBLEM)
+def test_an_error_in_a_step_drops_the_open_window():
+    """Law 5: a caught one, too; the block goes on with an empty window."""
+    model, twin = interrupted.built(), interrupted.built()
     with accumulate(model, 3):
-        with pytest.raises(
-            RuntimeError,
-            match="^`fit` must not be called on a model inside its "
-            "`accumulate`. Received: a `fit`. Pass it a "
-            "`GradientAccumulationCallback` instead, outside of the `with` "
-            "block.$",
-        ):
-            model.fit(
-                X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)]
-            )
         train(model, 4)
-    reference.assert_same(PROBLEM, result(model), result(large()))
+        interrupted.Failing.error = ValueError("mine")
+        try:
+            with pytest.raises(tf.errors.OpError, match="mine"):
+                model.train_on_batch(X[:4], Y[:4])
+        finally:
+            interrupted.Failing.error = None
+        assert int(model.optimizer.iterations) == 1
+        for mine, other in zip(
+            interrupted.variables(model),
+            interrupted.variables(twin),
+            strict=True,
+        ):
+            other.assign(mine)
+        train(model, 6)
+    with accumulate(twin, 3):
+        train(twin, 6)
+    for mine, other in zip(
+        model.get_weights(), twin.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_model_compiled_anew_in_the_block_goes_on():
+    """The open window is the old optimizer's; the next is the new one's."""
+    model, twin = build_model(PROBLEM), build_model(PROBLEM)
+    with accumulate(model, 3):
+        train(model, 4)
+        model.compile(reference.build_optimizer(PROBLEM), model.loss)
+        train(model, 4)
+    for _ in range(2):
+        twin.optimizer.build(twin.trainable_variables)
+        train(twin, 12)
+        last = result(twin)
+        twin.compile(reference.build_optimizer(PROBLEM), twin.loss)
+    reference.assert_same(PROBLEM, result(model), last)
+
+
+def test_a_block_of_one_is_plain():
+    """Law 7, bit for bit."""
+    model, twin = build_model(PROBLEM), build_model(PROBLEM)
+    with accumulate(model, 1):
+        train(model, 4)
+    train(twin, 4)
+    for mine, other in zip(
+        model.get_weights(), twin.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_block_in_a_callback_of_a_plain_fit():
+    """The fit goes on plainly."""
+    model, twin = build_model(PROBLEM), build_model(PROBLEM)
+
+    def accumulated(epoch, logs):
+        with accumulate(model, 3):
+            train(model, 4)
+
+    for each, between in [
+        (model, accumulated),
+        (twin, lambda epoch, logs: train(twin, 12)),
+    ]:
+        each.optimizer.build(each.trainable_variables)
+        callback = keras.callbacks.LambdaCallback(on_epoch_end=between)
+        options = {"shuffle": False, "verbose": 0, "callbacks": [callback]}
+        each.fit(X, Y, 4, epochs=2, **options)
+    reference.assert_same(PROBLEM, result(model), result(twin))
+
+
+class Gan:
+    """A generator, trained through a discriminator that is still."""
+
+    def __init__(self):
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        self.generator = keras.Sequential(
+            [keras.Input((2,)), layers.Dense(4, activation="tanh")]
+        )
+        self.discriminator = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(5, activation="tanh"),
+                layers.Dense(1),
+            ]
+        )
+        self.both = keras.Sequential([self.generator, self.discriminator])
+        for model in (self.discriminator, self.both):
+            loss = keras.losses.BinaryCrossentropy(from_logits=True)
+            model.compile(keras.optimizers.Adam(0.05), loss)
+        # As many write it: to be switched on only where it trains.
+        self.discriminator.trainable = False
+
+    def train(self, real, noise, size):
+        """One update of each, in batches of `size`."""
+        self.discriminator.trainable = True
+        for start in range(0, len(real), size):
+            rows = slice(start, start + size)
+            x = np.concatenate([real[rows], self.generator(noise[rows])])
+            y = np.repeat([1.0, 0.0], len(x) // 2)[:, None]
+            self.discriminator.train_on_batch(x, y)
+        self.discriminator.trainable = False
+        for start in range(0, len(noise), size):
+            rows = noise[start : start + size]
+            self.both.train_on_batch(rows, np.ones((len(rows), 1)))
+
+
+def test_a_gan_trains_as_with_large_batches():
+    """Two models in turn, each with its own window and optimizer."""
+    gan, twin = Gan(), Gan()
+    rng = np.random.default_rng(0)
+    batches = [
+        (rng.normal(size=(12, 4)).astype("float32"), rng.normal(size=(12, 2)))
+        for _ in range(3)
+    ]
+    with accumulate(gan.discriminator, 3), accumulate(gan.both, 3):
+        for real, noise in batches:
+            gan.train(real, noise, 4)
+    for real, noise in batches:
+        twin.train(real, noise, 12)
+    for part in ("discriminator", "both"):
+        micro, large = (result(getattr(each, part)) for each in (gan, twin))
+        assert large.iterations == 3
+        reference.assert_same(PROBLEM, micro, large)
 
 
 @pytest.mark.parametrize("compiled", [None, False, True])
@@ -111,89 +223,23 @@ def test_a_loop_of_ones_own_trains_as_the_large_batch(compiled):
     reference.assert_same(PROBLEM, result(model), result(large()))
 
 
-def test_nothing_added_is_refused():
-    """An empty window has no gradient."""
-    variable = keras.Variable(np.ones(1, "float32"))
-    accumulator = GradientAccumulator(keras.optimizers.SGD())
-    message = (
-        "^`apply` must follow an `add`: a window without micro-batches has no "
-        "gradient. Received: nothing since the last `apply`.$"
-    )
-    with pytest.raises(RuntimeError, match=message):
-        accumulator.apply()
-    accumulator.add([tf.ones(1)], [variable], 1.0)
+def test_an_add_of_some_variables_keeps_the_others():
+    """Law 8: a window holds the gradients of all that were added."""
+    one, two = (keras.Variable([0.0], name=name) for name in ("one", "two"))
+    accumulator = GradientAccumulator(keras.optimizers.SGD(1.0))
+    accumulator.add([tf.ones(1), tf.ones(1)], [one, two], 1.0)
+    accumulator.add([3 * tf.ones(1)], [one], 1.0)
     accumulator.apply()
-    with pytest.raises(RuntimeError, match=message):
-        accumulator.apply()
+    assert (float(one[0]), float(two[0])) == (-2.0, -0.5)
 
 
-def test_other_variables_are_refused():
-    """The sums belong to the variables of the first `add`."""
-    one, two = (keras.Variable(np.ones(1), name=n) for n in ("one", "two"))
-    accumulator = GradientAccumulator(keras.optimizers.SGD())
-    accumulator.add([tf.ones(1)], [one], 1.0)
-    with pytest.raises(
-        ValueError,
-        match="^`variables` must be those of the first `add`. Received: 'two', "
-        "which was not among them. Use a `GradientAccumulator` of its own for "
-        "other variables.$",
-    ):
-        accumulator.add([tf.ones(1)], [two], 1.0)
-    accumulator.apply()
-
-
-def test_an_uncompiled_model_is_refused():
-    """There is no optimizer to accumulate for."""
-    with pytest.raises(
-        ValueError,
-        match="^The model must be compiled to accumulate gradients. Received: "
-        "a Sequential that is not. Call `compile` first.$",
-    ):
-        with accumulate(keras.Sequential([keras.layers.Dense(1)]), 2):
-            pass
-
-
-@pytest.mark.parametrize(
-    "steps, error, message",
-    [
-        ({}, ValueError, "A dict of `steps` must start at epoch 0. Received: "),
-        ({1: 4}, ValueError, "A dict of `steps` must start at epoch 0. "),
-        ({0: 0}, ValueError, "The values of `steps` must be integers >= 1. "),
-        ({0: 2.5}, TypeError, "The values of `steps` must be integers >= 1. "),
-        ({"0": 4}, TypeError, "The keys of `steps` must be epochs, integers "),
-    ],
-    ids=repr,
-)
-def test_bad_schedules(steps, error, message):
-    """A dict is checked before training."""
-    with pytest.raises(error, match=f"^{message}"):
-        GradientAccumulationCallback(steps)
-
-
-@pytest.mark.parametrize(
-    "value, error",
-    [(0, ValueError), (2.5, TypeError), (None, TypeError)],
-    ids=repr,
-)
-def test_bad_values_of_a_function(value, error):
-    """A function is checked at each epoch, and the model can go on."""
-    model = build_model(PROBLEM)
-    with pytest.raises(
-        error,
-        match="^The function `steps` must return an integer >= 1. Received: "
-        rf"{value!r} \({type(value).__name__}\) for epoch 0.$",
-    ):
-        callback = GradientAccumulationCallback(lambda epoch: value)
-        model.fit(X, Y, 4, verbose=0, callbacks=[callback])
-    model.fit(X, Y, 4, verbose=0, callbacks=[GradientAccumulationCallback(2)])
-    assert int(model.optimizer.iterations) == 3
-
-
-def test_on_update_must_be_a_function():
-    """Checked before training."""
-    with pytest.raises(
-        TypeError,
-        match="^`on_update` must be a function of the number of updates. "
-        r"Received: on_update=3 \(int\).$",
-    ):
-        GradientAccumulationCallback(2, on_update=3)
+def test_layers_are_frozen_and_thawed_without_compiling():
+    """Eagerly, Keras looks at `trainable` in each step, and so do we."""
+    problem = Problem(examples=18, execution="eager", epochs=1)
+    model, twin = build_model(problem), build_model(problem)
+    for frozen in (False, True, False):
+        for each in (model, twin):
+            each.layers[0].trainable = not frozen
+        micro = reference.fit_micro(problem, model)
+        large = reference.fit_large(problem, twin)
+        reference.assert_same(problem, micro, large)

@@ -100,32 +100,6 @@ def test_epochs_of_one_micro_batch_are_plain_bit_for_bit():
     assert micro.history == plain.history
 
 
-def test_another_length_compiles_nothing():
-    """Law 10: neither does a second fit with the same callback."""
-    traces = []
-
-    class Counting(keras.Model):
-        def train_step(self, data):
-            traces.append(1)
-            return super().train_step(data)
-
-    inputs = keras.Input((reference.FEATURES,))
-    model = Counting(inputs, keras.layers.Dense(reference.CLASSES)(inputs))
-    model.compile("adam", "sparse_categorical_crossentropy")
-    x, y, _ = data(Problem(examples=16))
-    lengths = [1, 2, 4, 3, 1]
-    callback = GradientAccumulationCallback(lambda epoch: lengths[epoch])
-
-    def fit(epochs):
-        options = {"verbose": 0, "callbacks": [callback], "epochs": epochs}
-        model.fit(x, y, 4, **options)
-
-    fit(2)
-    first = len(traces)
-    fit(5)
-    assert len(traces) == first
-
-
 @pytest.mark.parametrize("steps_per_execution", [1, 2])
 @pytest.mark.parametrize("unknown_length", [False, True])
 @pytest.mark.parametrize(
