@@ -120,7 +120,10 @@ class Histories(RuleBasedStateMachine):
         self.assert_same(steps, [micro, large])
 
     @rule(
-        steps=STEPS, batch=st.integers(0, 3), is_first=st.booleans(), error=ERRORS
+        steps=STEPS,
+        batch=st.integers(0, 3),
+        is_first=st.booleans(),
+        error=ERRORS,
     )
     def interrupt(self, steps, batch, is_first, error):
         callbacks = [Stop(batch, error), GradientAccumulationCallback(steps)]

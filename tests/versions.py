@@ -103,7 +103,8 @@ def main():
     unknown = [name for name in names if name not in CASES]
     if unknown:
         parser.error(f"no such case: {unknown[0]}")
-    print(ROW.format("case", "Python", "NumPy", "TensorFlow", "Keras", "tests"), flush=True)
+    titles = ("case", "Python", "NumPy", "TensorFlow", "Keras", "tests")
+    print(ROW.format(*titles), flush=True)
     have_passed = []
     for name in names:
         row, has_passed = run(name)
