@@ -210,7 +210,10 @@ class Histories(RuleBasedStateMachine):
         files = [Path(self.folder.name, f"{i}.keras") for i in range(2)]
         for model, file in zip(self.both, files):
             model.save(file)
+        left = self.model
         self.model, self.twin = map(keras.saving.load_model, files)
+        # If its last fit was interrupted, its next use notices.
+        self.train_on_batch(left, 0, 1)
         self.assert_same()
 
     @precondition(lambda self: not self.is_frozen)

@@ -56,7 +56,8 @@ def applies_twice(monkeypatch):
     real = GradientAccumulator.apply
 
     def apply(self):
-        self._apply(self._window_gradients(), self._variables)
+        variables = list(self._variables.values())
+        self._apply(self._window_gradients(), variables)
         return real(self)
 
     monkeypatch.setattr(GradientAccumulator, "apply", apply)
