@@ -15,11 +15,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum import weights
+from kaccum import assignments, weights
 from kaccum.accumulator import GradientAccumulator, build_optimizer
+from kaccum.assignments import BatchState, MicroBatchState
 from kaccum.backend import engine
 from kaccum.keras_private import compiled_loss, variables_of
-from kaccum.patches import Patch, SharedPatch, patched
+from kaccum.patches import Patch, patched
 
 SKIPPED = "skipped_micro_batches"
 
@@ -35,26 +36,12 @@ class _Run:
         self.is_applying = False
         self.is_scaled = False
         # Where micro-batches may be left out: what waits for all gradients, and
-        # the values to go back to.
+        # what to go back to.
         self.waiting: list[tuple[GradientAccumulator, Any, Any]] = []
-        self.before: dict[int, tuple[Any, Any]] = {}
+        self.state = MicroBatchState()
 
 
 _running = threading.local()
-
-
-_assign = keras.Variable.assign
-
-
-def _assign_and_remember(variable: Any, value: Any) -> Any:
-    run = getattr(_running, "run", None)
-    if run is not None and id(variable) not in run.before:
-        before = ops.copy(ops.convert_to_tensor(variable))
-        run.before[id(variable)] = (variable, before)
-    return _assign(variable, value)
-
-
-_assignments = SharedPatch(keras.Variable, "assign", _assign_and_remember)
 
 
 class TrainingStep:
@@ -69,6 +56,7 @@ class TrainingStep:
     def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
         self.skips = skip_nonfinite
         self.accumulators: list[GradientAccumulator] = []
+        self.state = BatchState()
         self._model = model
         self._optimizer = model.optimizer
         self._engine = engine()
@@ -100,8 +88,7 @@ class TrainingStep:
 
         Around a whole call, not inside the step: replicas are threads.
         """
-        remember = _assignments if self.skips else contextlib.nullcontext()
-        with weights.hearing(), remember, patched(self._hooks):
+        with weights.hearing(), assignments.telling, patched(self._hooks):
             yield
 
     def start(self) -> None:
@@ -124,7 +111,8 @@ class TrainingStep:
         """
         run = _running.run = _Run(data, closes)
         try:
-            logs = self._train_step(data)
+            with assignments.heard_by(functools.partial(self._hear, run)):
+                logs = self._train_step(data)
         finally:
             _running.run = None
         if run.calls == 0 and self._model.trainable_variables:
@@ -178,6 +166,12 @@ class TrainingStep:
                 Patch(loss, "call", functools.partial(self._on_loss, loss.call))
             )
         return hooks
+
+    def _hear(self, run: _Run, variable: Any) -> None:
+        if not run.is_applying:
+            self.state.hear(variable)
+        if self.skips:
+            run.state.hear(variable)
 
     def _on_loss(
         self, real: Callable[..., Any], *args: Any, **kwargs: Any
@@ -277,10 +271,7 @@ class TrainingStep:
         is_kept = self._engine.all_finite(gradients)
         for accumulator, gradients, variables in run.waiting:
             self._add(run, accumulator, gradients, variables, is_kept)
-        for variable, before in run.before.values():
-            # What a `tf.function` of the user's own assigned is out of reach.
-            if self._engine.is_reachable(before):
-                variable.assign(ops.where(is_kept, variable, before))
+        run.state.restore_unless(is_kept)
         self._engine.increase(self._skipped, 1 - ops.cast(is_kept, "int64"))
         if not isinstance(logs, dict):
             return logs
