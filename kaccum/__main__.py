@@ -93,9 +93,13 @@ def train(name: str, options: argparse.Namespace) -> Run:
     recorder = _Recorder(name)
     callbacks: list[keras.callbacks.Callback] = [recorder]
     batch_size = options.batch_size
-    if name != LARGE:
+    is_cut = name == KACCUM and options.micro_batch_size is not None
+    if name != LARGE and not is_cut:
         batch_size //= options.steps
-    if name == KACCUM:
+    if is_cut:
+        size = options.micro_batch_size
+        callbacks.append(GradientAccumulationCallback(micro_batch_size=size))
+    elif name == KACCUM:
         callbacks.append(GradientAccumulationCallback(options.steps))
     if name == KERAS and options.steps > 1:
         config = optimizer.get_config()
@@ -190,6 +194,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--batch-size", type=int, default=64, help="examples in an update")
     add("--steps", type=int, default=8, help="micro-batches in an update")
+    add(
+        "--micro-batch-size",
+        type=_size,
+        metavar="SIZE",
+        help="have kaccum cut the large batch into micro-batches of at most "
+        "SIZE examples, or 'auto', instead of adding up --steps of them",
+    )
     add("--epochs", type=int, default=6)
     add("--optimizer", default="adam", help="a name in keras.optimizers")
     add("--jit", action="store_true", help="compile with XLA")
@@ -201,6 +212,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.batch_size % options.steps:
         parser.error("--batch-size must be a multiple of --steps")
     return options
+
+
+def _size(text: str) -> int | str:
+    size = text if text == "auto" else int(text)
+    if isinstance(size, int) and size < 1:
+        raise ValueError
+    return size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.batch_size} = {options.steps} micro-batches of "
         f"{options.batch_size // options.steps}"
     )
+    if options.micro_batch_size is not None:
+        print(f"kaccum: micro_batch_size={options.micro_batch_size!r}")
     runs = {name: train(name, options) for name in (LARGE, KACCUM, KERAS)}
     print(table(runs))
     if options.plot:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -11,23 +12,33 @@ from kaccum.backend import engine
 from kaccum.checks import check_model, is_scaling_losses, received
 from kaccum.keras_private import callbacks_of_fit
 from kaccum.session import Session
+from kaccum.sizes import MicroBatchSize
 from kaccum.window import Schedule, Steps, Window
 
 
 class GradientAccumulationCallback(keras.callbacks.Callback):
-    """Trains as a batch `steps` times as large would, in the memory of one.
+    """Trains as with a large batch, in the memory of a small one.
 
-    Each batch that `fit` takes from the data is a micro-batch: its gradient is
-    added to a sum. After `steps` of them (a window), the optimizer makes one
-    update with the gradient of their union. Weights, optimizer variables, the
-    number of updates and the history equal those of the large-batch fit, to
-    rounding. An epoch's last window may be shorter; it is scaled by its own
-    size.
+    Gradients of micro-batches are added up; after a window of them the
+    optimizer makes one update with the gradient of their union. Weights,
+    optimizer variables, the number of updates and the history equal those of
+    the large-batch fit, to rounding.
+
+    With `steps`, each batch that `fit` takes from the data is a micro-batch,
+    and an epoch's last window may be shorter; it is scaled by its own size.
+    With `micro_batch_size`, each batch is a window, which is cut.
 
     Args:
         steps: How many batches make one update: int >= 1; a dict of them by
             first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
             from 0 on) that returns one. 1 is a plain fit.
+        micro_batch_size: How many examples a micro-batch has at most: int >= 1,
+            or "auto". A batch is cut into as few micro-batches as that needs,
+            as equal as possible. "auto" starts with the whole batch; when
+            memory runs out it takes back all that the attempt changed in Keras
+            variables, halves the size and trains on the same batch again. It
+            keeps the size for the rest of this fit, and for the next ones of
+            the same model, and prints it.
         skip_nonfinite: Whether to leave a micro-batch with a NaN or infinite
             gradient out of its window, as if it had never come: its gradient,
             its metrics, and all else that the step assigned (Keras variables,
@@ -41,7 +52,9 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     Raises:
         TypeError: If an argument is of another type; at the start of an epoch,
             if the function `steps` returns something else than an integer.
-        ValueError: If `steps` is below 1, or a dict without epoch 0. When
+        ValueError: If not exactly one of `steps` and `micro_batch_size` is
+            given, either is below 1, `steps` is a dict without epoch 0, or
+            `micro_batch_size` another string than "auto". When
             `fit` starts: if the model has no optimizer, or one with
             `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
             `LossScaleOptimizer`. At the start of an epoch: if the function
@@ -71,13 +84,25 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        steps: Steps,
+        steps: Steps | None = None,
         *,
+        micro_batch_size: int | Literal["auto"] | None = None,
         skip_nonfinite: bool = False,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
-        self._schedule = Schedule(steps)
+        if (steps is None) == (micro_batch_size is None):
+            raise ValueError(
+                "Exactly one of `steps` and `micro_batch_size` must be given. "
+                f"Received: steps={steps!r}, "
+                f"micro_batch_size={micro_batch_size!r}."
+            )
+        self._schedule: Schedule | None = None
+        self._size: MicroBatchSize | None = None
+        if steps is not None:
+            self._schedule = Schedule(steps)
+        if micro_batch_size is not None:
+            self._size = MicroBatchSize(micro_batch_size)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(
                 "`skip_nonfinite` must be True or False. "
@@ -88,11 +113,17 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "`on_update` must be a function of the number of updates. "
                 f"{received('on_update', on_update)}"
             )
-        self.steps = self._schedule.steps
+        self.steps = steps if self._schedule is None else self._schedule.steps
         self.skip_nonfinite = skip_nonfinite
         self.on_update = on_update
         self._session: Session | None = None
         self._skipped = 0
+        self._model_of_size: Any = lambda: None
+
+    @property
+    def micro_batch_size(self) -> int | str | None:
+        """The most examples of a micro-batch; "auto" until that is known."""
+        return None if self._size is None else self._size.size
 
     @property
     def skipped_micro_batches(self) -> int:
@@ -113,12 +144,16 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             )
         self._skipped = 0
         is_plain = not self.skip_nonfinite and self.on_update is None
-        if is_plain and self._schedule.is_always_one:
+        if is_plain and self._schedule and self._schedule.is_always_one:
             return
+        if self._size is not None and self._model_of_size() is not self.model:
+            self._size.forget()
+            self._model_of_size = weakref.ref(self.model)
         self._session = Session.of(self.model)
         self._session.take_over(
             Window(1),
             is_for_fit=True,
+            size=self._size,
             skip_nonfinite=self.skip_nonfinite,
             on_update=self.on_update,
         )
@@ -126,9 +161,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Sets the length of this epoch's windows."""
+        """Starts an empty window, of this epoch's length."""
         if self._session is not None:
-            self._session.begin_epoch(self._schedule.at(epoch))
+            steps = self._schedule.at(epoch) if self._schedule else 1
+            self._session.begin_epoch(steps)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Gives the training step back."""

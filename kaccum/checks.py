@@ -5,11 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
 
 def received(name: str, value: Any) -> str:
     """The sentence that says what an argument was."""
     return f"Received: {name}={value!r} ({type(value).__name__})."
+
+
+def checked_integer(
+    value: Any, rule: str, received: str, least: int = 1
+) -> int:
+    """An argument as an int.
+
+    Raises:
+        TypeError, ValueError: If it is not an integer >= `least`, with the
+            sentences `rule` and `received`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{rule} {received}")
+    if value < least:
+        raise ValueError(f"{rule} {received}")
+    return int(value)
 
 
 def check_model(model: keras.Model) -> None:

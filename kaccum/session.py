@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from kaccum.attempts import train_in_parts
 from kaccum.backend import engine
 from kaccum.keras_private import asked_by, is_inside_fit
 from kaccum.patches import Patch
+from kaccum.sizes import MicroBatchSize
 from kaccum.step import SKIPPED, TrainingStep
 from kaccum.window import Window
 
@@ -84,6 +87,7 @@ class Session:
         window: Window,
         *,
         is_for_fit: bool,
+        size: MicroBatchSize | None = None,
         skip_nonfinite: bool = False,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
@@ -92,11 +96,13 @@ class Session:
         Args:
             window: Says when to update, empty.
             is_for_fit: Whether it lasts for the running `fit` only.
+            size: Makes each batch a window, cut into micro-batches of this
+                many examples at most. `window` is not asked.
             skip_nonfinite: Whether to leave out micro-batches with a NaN or
                 infinite gradient.
             on_update: Called with the number of updates after each one.
         """
-        self._begin(window, is_for_fit, on_update)
+        self._begin(window, is_for_fit, size, on_update)
         self._use_engine(skip_nonfinite)
         for patch in self._patches:
             patch.install()
@@ -126,9 +132,11 @@ class Session:
         self,
         window: Window,
         is_for_fit: bool,
+        size: MicroBatchSize | None = None,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         self._window = window
+        self._size = size
         self._is_for_fit = is_for_fit
         self._on_update = on_update
         self._updates = 0
@@ -148,13 +156,36 @@ class Session:
             vars(plain)["kaccum_session"] = self
 
     def _run_train_function(self, iterator: Any) -> Any:
-        is_plain = self._window.steps == 1 and not self._step.skips
-        closes = self._window.closes(self._model.steps_per_execution)
+        count = self._model.steps_per_execution
         with self._recovering():
-            ran = self._engine.run(iterator, closes, is_plain=is_plain)
-            self._window.advance(ran.micro_batches)
-            self._report(ran.updates)
+            if self._size is not None:
+                return self._run_batches(iterator, count, self._size)
+            return self._run(iterator, self._window.closes(count))
+
+    def _run(self, iterator: Any, closes: list[bool]) -> Any:
+        is_plain = self._window.steps == 1 and not self._step.skips
+        ran = self._engine.run(iterator, closes, is_plain=is_plain)
+        self._window.advance(ran.micro_batches)
+        self._report(ran.updates)
         return ran.logs
+
+    def _run_batches(
+        self, iterator: Any, count: int, size: MicroBatchSize
+    ) -> Any:
+        """Makes each of the next `count` batches a window."""
+        logs = None
+        for batch in itertools.islice(iterator, count):
+            logs = train_in_parts(batch, size, self._step, self._run_parts)
+            self.close_window()
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    def _run_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
+        # The update is left to `close_window`.
+        self._window.steps = count + 1
+        self._window.reset()
+        return self._run(micro_batches, self._window.closes(count))
 
     def _report(self, updates: int) -> None:
         for _ in range(updates):

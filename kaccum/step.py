@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum import assignments, weights
+from kaccum import assignments, means, weights
 from kaccum.accumulator import GradientAccumulator, build_optimizer
 from kaccum.assignments import BatchState, MicroBatchState
 from kaccum.backend import engine
@@ -35,6 +35,9 @@ class _Run:
         self.calls = 0
         self.is_applying = False
         self.is_scaled = False
+        self.is_in_loss = False
+        # How often each `Mean` metric was given a number.
+        self.numbers: dict[int, int] = {}
         # Where micro-batches may be left out: what waits for all gradients, and
         # what to go back to.
         self.waiting: list[tuple[GradientAccumulator, Any, Any]] = []
@@ -57,6 +60,7 @@ class TrainingStep:
         self.skips = skip_nonfinite
         self.accumulators: list[GradientAccumulator] = []
         self.state = BatchState()
+        self._means = means.WindowMeans()
         self._model = model
         self._optimizer = model.optimizer
         self._engine = engine()
@@ -88,8 +92,9 @@ class TrainingStep:
 
         Around a whole call, not inside the step: replicas are threads.
         """
-        with weights.hearing(), assignments.telling, patched(self._hooks):
-            yield
+        with weights.hearing(), means.telling, assignments.telling:
+            with patched(self._hooks):
+                yield
 
     def start(self) -> None:
         """Makes ready for training: all sums are empty."""
@@ -111,8 +116,14 @@ class TrainingStep:
         """
         run = _running.run = _Run(data, closes)
         try:
-            with assignments.heard_by(functools.partial(self._hear, run)):
+            with contextlib.ExitStack() as stack:
+                enter = stack.enter_context
+                enter(self._engine.making_variables_outside())
+                enter(assignments.heard_by(functools.partial(self._hear, run)))
+                enter(means.heard_by(functools.partial(self._on_mean, run)))
                 logs = self._train_step(data)
+            if closes:
+                self._means.reset()
         finally:
             _running.run = None
         if run.calls == 0 and self._model.trainable_variables:
@@ -129,6 +140,7 @@ class TrainingStep:
         """Makes the update of the open window."""
         for accumulator in self.accumulators:
             accumulator.apply()
+        self._means.reset()
 
     def is_empty(self) -> Any:
         """Whether every micro-batch of the window was left out: scalar bool."""
@@ -138,6 +150,7 @@ class TrainingStep:
         """Forgets the open window."""
         for accumulator in self.accumulators:
             accumulator.reset()
+        self._means.reset()
 
     def release(self) -> None:
         """Frees the sums' memory."""
@@ -179,8 +192,32 @@ class TrainingStep:
         run = getattr(_running, "run", None)
         if run is None:
             return real(*args, **kwargs)
-        with weights.listen_to(run.denominators):
-            return real(*args, **kwargs)
+        run.is_in_loss = True
+        try:
+            with weights.listen_to(run.denominators):
+                return real(*args, **kwargs)
+        finally:
+            run.is_in_loss = False
+
+    def _on_mean(self, run: _Run, metric: Any, value: Any, size: Any) -> None:
+        call = run.numbers.get(id(metric), 0)
+        run.numbers[id(metric)] = call + 1
+        once: Any = 0.0
+        if run.is_in_loss:
+            # The loss of one of several outputs. Keras weights it by the number
+            # of examples only where that is not traced (Keras 3.15).
+            weight = self._weight(run, run.denominators[-1:])
+            size = size if self._engine.is_eager() else None
+        elif isinstance(metric, keras.metrics.MeanMetricWrapper):
+            # What a metric function returned, a scalar of its own making.
+            weight = weights.examples_in(run.data)
+        else:
+            weight = self._weight(run, run.denominators)
+            if weight is None:
+                once = sum(ops.sum(term()) for term in self._regularizers(run))
+        self._means.update(
+            metric, value, size, call=call, weight=weight, once=once
+        )
 
     def _on_other(
         self, real: Callable[..., Any], *args: Any, **kwargs: Any
@@ -261,7 +298,7 @@ class TrainingStep:
         variables: Any,
         where: Any = None,
     ) -> None:
-        weight = self._weight(run)
+        weight = self._weight(run, run.denominators)
         accumulator.add(gradients, variables, weight, where=where)
         accumulator.count_once(self._regularizers(run))
 
@@ -279,10 +316,8 @@ class TrainingStep:
         logs = metrics if metrics.keys() == logs.keys() else logs
         return {**logs, SKIPPED: self._engine.value_of(self._skipped)}
 
-    def _weight(self, run: _Run) -> Any:
-        heard = [
-            d for d in run.denominators if self._engine.is_reachable(d.value)
-        ]
+    def _weight(self, run: _Run, denominators: list[Any]) -> Any:
+        heard = [d for d in denominators if self._engine.is_reachable(d.value)]
         return weights.weight_of(
             heard,
             functools.partial(weights.examples_in, run.data),

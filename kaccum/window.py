@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Union
 
-import numpy as np
-
-from kaccum.checks import received
+from kaccum.checks import checked_integer, received
 
 Steps = Union[int, dict[int, int], Callable[[int], int]]
 
@@ -66,7 +64,7 @@ class Schedule:
                 "`steps` must be an integer >= 1, a dict of them by first "
                 "epoch, or a function of the epoch."
             )
-            steps = _checked(steps, rule, received("steps", steps))
+            steps = checked_integer(steps, rule, received("steps", steps))
             self._by_epoch = {0: steps}
         self.steps = steps
 
@@ -85,7 +83,7 @@ class Schedule:
         if self._function is None:
             return self._by_epoch[max(e for e in self._by_epoch if e <= epoch)]
         steps = self._function(epoch)
-        return _checked(
+        return checked_integer(
             steps,
             "The function `steps` must return an integer >= 1.",
             f"Received: {steps!r} ({type(steps).__name__}) for epoch {epoch}.",
@@ -99,19 +97,19 @@ def checked_steps(steps: Any) -> int:
         TypeError, ValueError: If it is something else.
     """
     rule = "`steps` must be an integer >= 1."
-    return _checked(steps, rule, received("steps", steps))
+    return checked_integer(steps, rule, received("steps", steps))
 
 
 def _checked_dict(steps: dict[Any, Any]) -> dict[int, int]:
     for epoch, value in steps.items():
         kind = type(epoch).__name__
-        _checked(
+        checked_integer(
             epoch,
             "The keys of `steps` must be epochs, integers >= 0.",
             f"Received: {epoch!r} ({kind}) in steps={steps!r}.",
             least=0,
         )
-        _checked(
+        checked_integer(
             value,
             "The values of `steps` must be integers >= 1.",
             f"Received: {value!r} ({type(value).__name__}) for epoch {epoch}.",
@@ -122,11 +120,3 @@ def _checked_dict(steps: dict[Any, Any]) -> dict[int, int]:
             f"{received('steps', steps)}"
         )
     return {int(epoch): int(value) for epoch, value in steps.items()}
-
-
-def _checked(value: Any, rule: str, received: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{rule} {received}")
-    if value < least:
-        raise ValueError(f"{rule} {received}")
-    return int(value)

@@ -27,6 +27,7 @@ def cases():
     yield "activity regularizer", Problem(add_loss=True)
     yield "frozen layer", Problem(frozen=True)
     yield "variable without gradient", Problem(unused=True)
+    yield "micro_batch_size", Problem(cut=True)
     yield "unknown length", Problem(unknown_length=True)
     yield "steps_per_execution=5", Problem(steps_per_execution=5)
     yield "not built", Problem(built=False)

@@ -57,6 +57,7 @@ def problems(draw, **fixed):
         "examples": draw(st.integers(1, 40)),
         "micro_batch": draw(st.integers(1, 6)),
         "steps": draw(st.integers(2, 6)),
+        "cut": draw(st.booleans()),
         "epochs": draw(st.integers(1, 2)),
         "kind": draw(st.sampled_from(KINDS)),
         "token_weights": draw(st.booleans()),

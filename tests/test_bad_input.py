@@ -19,6 +19,18 @@ KEYS = "The keys of `steps` must be epochs, integers >= 0. Received: "
 VALUES = "The values of `steps` must be integers >= 1. Received: "
 START = "A dict of `steps` must start at epoch 0. Received: steps="
 RETURNED = "The function `steps` must return an integer >= 1. Received: "
+ONE_OF = (
+    "Exactly one of `steps` and `micro_batch_size` must be given. Received: "
+    "steps="
+)
+SIZE = (
+    "`micro_batch_size` must be an integer >= 1 or 'auto'. Received: "
+    "micro_batch_size="
+)
+LEAVES = (
+    "All arrays of a batch must have the same examples along their first axis "
+    "to be cut into micro-batches. Received: a batch of shapes "
+)
 ONE_CALLBACK = (
     "Only one callback of a `fit` must accumulate gradients. Received: 2 of "
     "`GradientAccumulationCallback`. Keep one."
@@ -72,6 +84,22 @@ def of_function(value):
     )
 
 
+def of_size(size):
+    """A call that fits with batches to be cut."""
+    return of(None, micro_batch_size=size)
+
+
+def of_arrays(*arrays):
+    """A call that is to cut a batch of these."""
+
+    def call(model):
+        batch = tf.data.Dataset.from_tensors(arrays)
+        callback = GradientAccumulationCallback(micro_batch_size=2)
+        model.fit(batch, verbose=0, callbacks=[callback])
+
+    return call
+
+
 def block(steps, inside=lambda model: None):
     """A call that enters an `accumulate`."""
 
@@ -101,7 +129,37 @@ BAD_CALLS = {
     "steps=4.0": (of(4.0), TypeError, STEPS + "4.0 (float)."),
     "steps=True": (of(True), TypeError, STEPS + "True (bool)."),
     "steps='4'": (of("4"), TypeError, STEPS + "'4' (str)."),
-    "steps=None": (of(None), TypeError, STEPS + "None (NoneType)."),
+    "neither": (of(None), ValueError, ONE_OF + "None, micro_batch_size=None."),
+    "both": (
+        of(2, micro_batch_size=8),
+        ValueError,
+        ONE_OF + "2, micro_batch_size=8.",
+    ),
+    "micro_batch_size=0": (of_size(0), ValueError, SIZE + "0 (int)."),
+    "micro_batch_size=-1": (of_size(-1), ValueError, SIZE + "-1 (int)."),
+    "micro_batch_size=2.5": (of_size(2.5), TypeError, SIZE + "2.5 (float)."),
+    "micro_batch_size=True": (of_size(True), TypeError, SIZE + "True (bool)."),
+    "micro_batch_size=[8]": (of_size([8]), TypeError, SIZE + "[8] (list)."),
+    "micro_batch_size='Auto'": (
+        of_size("Auto"),
+        ValueError,
+        SIZE + "'Auto' (str).",
+    ),
+    "micro_batch_size='big'": (
+        of_size("big"),
+        ValueError,
+        SIZE + "'big' (str).",
+    ),
+    "leaves-of-other-lengths": (
+        of_arrays(X[:4], Y[:3]),
+        ValueError,
+        LEAVES + "((4, 2), (3, 1)).",
+    ),
+    "leaf-without-examples": (
+        of_arrays(X[:4], Y[:4], np.float32(1.0)),
+        ValueError,
+        LEAVES + "((4, 2), (4, 1), ()).",
+    ),
     "steps=[4]": (of([4]), TypeError, STEPS + "[4] (list)."),
     "steps={}": (of({}), ValueError, START + "{} (dict)."),
     "steps={1: 4}": (of({1: 4}), ValueError, START + "{1: 4} (dict)."),

@@ -65,6 +65,16 @@ def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("size", ["100", "auto"])
+def test_the_main_job_cuts_large_batches(size, capsys):
+    """`--micro-batch-size` is the other way to ask."""
+    options = ["--epochs", "1", "--batch-size", "256"]
+    assert __main__.main([*options, "--micro-batch-size", size]) == 0
+    printed = capsys.readouterr().out
+    assert "kaccum's run is the large-batch run" in printed
+    assert ("fit in memory" in printed) == (size == "auto")
+
+
 def test_the_main_job_finds_another_run(monkeypatch, capsys):
     """`python -m kaccum` exits with 1 where the runs differ."""
     monkeypatch.setattr(
@@ -80,9 +90,11 @@ def test_the_main_job_finds_another_run(monkeypatch, capsys):
     "arguments, message",
     [
         (["--steps", "0"], "--steps must be >= 1"),
+        (["--micro-batch-size", "0"], "--micro-batch-size: invalid"),
+        (["--micro-batch-size", "Auto"], "--micro-batch-size: invalid"),
         (["--steps", "3"], "--batch-size must be a multiple of --steps"),
     ],
-    ids=["none", "indivisible"],
+    ids=["none", "no-size", "not-auto", "indivisible"],
 )
 def test_the_main_job_checks_its_options(arguments, message, capsys):
     """A bad option is named."""

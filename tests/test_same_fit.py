@@ -37,6 +37,7 @@ def test_every_option_acts_once_an_update(options, execution):
     check(Problem(optimizer="SGD", options=options, execution=execution))
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["steps", "cut"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -77,6 +78,6 @@ def test_every_option_acts_once_an_update(options, execution):
     ],
     ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()),
 )
-def test_feature_trains_as_with_the_large_batch(fields):
-    """Law 1, feature by feature."""
-    check(Problem(**fields))
+def test_feature_trains_as_with_the_large_batch(fields, cut):
+    """Law 1, feature by feature, in both ways to ask for micro-batches."""
+    check(Problem(cut=cut, **fields))

@@ -10,6 +10,7 @@ from kaccum.tensorflow.arithmetic import (
     increase,
     is_eager,
     is_reachable,
+    making_variables_outside,
     new_sum,
     outside_of_traces,
     positive,
@@ -19,7 +20,9 @@ from kaccum.tensorflow.arithmetic import (
     value_of,
     zero_unless,
 )
+from kaccum.tensorflow.batches import cut, examples_in
 from kaccum.tensorflow.engine import Engine
+from kaccum.tensorflow.memory import is_out_of_memory, out_of_memory
 
 __all__ = [
     "Engine",
@@ -27,12 +30,17 @@ __all__ = [
     "after",
     "all_finite",
     "copy",
+    "cut",
     "empty",
+    "examples_in",
     "gradients_of",
     "increase",
     "is_eager",
+    "is_out_of_memory",
     "is_reachable",
+    "making_variables_outside",
     "new_sum",
+    "out_of_memory",
     "outside_of_traces",
     "positive",
     "release",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,26 +16,32 @@ import tensorflow as tf
 def new_sum(shape: Any, dtype: str, beside: Any = None) -> tf.Variable:
     """A variable of zeros, also while a function is traced.
 
-    Which variables have gradients is first known inside the trace. There a new
-    variable would belong to the function and have it traced a second time; a
-    thread of its own is outside.
+    Which variables have gradients is first known inside the trace.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
         beside: A variable whose device it shares.
     """
-    made = []
     device = "" if beside is None else _resource(beside).device
+    return _made_outside(
+        lambda: tf.Variable(tf.zeros(shape, dtype), trainable=False), device
+    )
 
-    def make() -> None:
+
+def _made_outside(make: Callable[[], Any], device: str) -> Any:
+    """Makes a variable outside of the function that is being traced.
+
+    Inside, or in `tf.init_scope`, it would belong to the function and have it
+    traced a second time; a thread of its own is outside.
+    """
+
+    def run() -> Any:
         with tf.device(device):
-            made.append(tf.Variable(tf.zeros(shape, dtype), trainable=False))
+            return make()
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(run).result()
 
 
 def value_of(total: tf.Variable) -> tf.Tensor:
@@ -100,6 +107,29 @@ def is_eager() -> bool:
 def outside_of_traces() -> AbstractContextManager[None]:
     """A context in which variables can be made for good."""
     return tf.init_scope()
+
+
+@contextlib.contextmanager
+def making_variables_outside() -> Iterator[None]:
+    """Has variables that are made in a trace be made outside of it.
+
+    They hold their first value at once, and the function, which does not own
+    them, need not be traced a second time.
+    """
+    if is_eager():
+        yield
+        return
+
+    def make(make_inside: Any, **options: Any) -> tf.Variable:
+        if not callable(options["initial_value"]):
+            # A tensor of the trace.
+            return make_inside(**options)
+        with tf.init_scope():
+            device = tf.zeros(()).device
+        return _made_outside(functools.partial(tf.Variable, **options), device)
+
+    with tf.variable_creator_scope(make):
+        yield
 
 
 def after(data: Any) -> AbstractContextManager[None]:

@@ -1,0 +1,68 @@
+"""Trains on a batch in micro-batches, in smaller ones when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kaccum.backend import engine
+from kaccum.sizes import MicroBatchSize
+from kaccum.step import TrainingStep
+
+
+def train_in_parts(
+    batch: Any,
+    size: MicroBatchSize,
+    step: TrainingStep,
+    train: Callable[[Iterator[Any], int], Any],
+) -> Any:
+    """Trains on a batch of `fit`, cut into micro-batches.
+
+    Args:
+        batch: What Keras gives a `train_step`.
+        size: Says how to cut. When memory runs out and it may halve, all that
+            the attempt changed is taken back and *the same batch* cut again.
+        step: What the attempts run.
+        train: Function of the micro-batches, an iterator, and how many they
+            are, that runs `step` on them. It must make no update.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        ValueError: If the batch cannot be cut.
+        tf.errors.ResourceExhaustedError: If a single example is too large.
+    """
+    examples = engine().examples_in(batch)
+    if not size.is_auto:
+        parts = size.parts_of(examples)
+        return train(engine().cut(batch, parts), len(parts))
+    already = sys.exc_info()[1]
+    step.state.remember()
+    while True:
+        parts = size.parts_of(examples)
+        try:
+            result = train(engine().cut(batch, parts), len(parts))
+        except Exception as error:
+            if not engine().is_out_of_memory(error, already):
+                raise
+            step.reset()
+            step.state.restore()
+            if not size.halve(parts[0]):
+                raise engine().out_of_memory(error, _TOO_LARGE) from error
+        else:
+            step.state.forget()
+            if size.fits(parts[0]):
+                print(_FOUND.format(size.size), flush=True)
+            return result
+        # The frames of the failed attempt may hold its tensors in a cycle.
+        gc.collect()
+
+
+_FOUND = 'micro_batch_size="auto": micro-batches of {} examples fit in memory.'
+_TOO_LARGE = (
+    "A single example does not fit in memory, so that no smaller micro-batch "
+    "is left to try."
+)

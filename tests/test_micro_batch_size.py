@@ -1,0 +1,616 @@
+"""`micro_batch_size`: each batch of `fit` is cut, and "auto" finds the size.
+
+That it trains as the large batch is in test_same_fit.py, for both ways.
+"""
+
+import dataclasses
+import itertools
+import re
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from kaccum import GradientAccumulationCallback, attempts
+from kaccum.sizes import MicroBatchSize
+from tests.reference import (
+    Problem,
+    assert_same,
+    build_model,
+    data,
+    fit_micro,
+    result_of,
+)
+
+EXAMPLES, FEATURES = 45, 4
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(EXAMPLES, FEATURES)).astype("float32")
+Y = RNG.integers(0, 3, EXAMPLES)
+
+
+# How a batch is cut: plain numbers.
+
+
+@hypothesis.given(st.integers(1, 5000), st.integers(1, 600))
+def test_parts_are_few_and_equal(examples, most):
+    """As few as possible, then as equal as possible."""
+    parts = MicroBatchSize(most).parts_of(examples)
+    assert sum(parts) == examples
+    assert max(parts) <= most
+    assert (len(parts) - 1) * most < examples
+    assert max(parts) - min(parts) <= 1
+    assert parts == sorted(parts, reverse=True)
+
+
+@hypothesis.given(st.lists(st.integers(1, 300), min_size=1), st.integers(1, 99))
+def test_auto_halves_until_it_fits(batches, limit):
+    """Never asks for as much as what failed, and fails only as often."""
+    size, failed = MicroBatchSize("auto"), []
+    assert size.size == "auto"
+    for examples in batches:
+        while (parts := size.parts_of(examples))[0] > limit:
+            assert parts[0] < min(failed, default=parts[0] + 1)
+            failed.append(parts[0])
+            assert size.halve(parts[0])
+        size.fits(parts[0])
+        assert size.size <= limit
+    assert 2 * len(failed) <= 2 * int(np.ceil(np.log2(max(batches)))) + 2
+    if failed:
+        assert size.size <= -(-failed[-1] // 2)
+
+
+def test_one_example_is_not_halved():
+    """There is nothing smaller to try."""
+    assert not MicroBatchSize("auto").halve(1)
+
+
+# What `fit` shows is the large batch.
+
+
+@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_batches_may_change_their_size(execution, steps_per_execution):
+    """Law 1, also where the length of the data is unknown."""
+    problem = Problem(
+        execution=execution, steps_per_execution=steps_per_execution
+    )
+    ends = np.cumsum([5, 9, 1, 7, 3])
+
+    def batches():
+        for start, end in itertools.pairwise([0, *ends]):
+            yield X[start:end], Y[start:end]
+
+    batches = tf.data.Dataset.from_generator(
+        batches,
+        output_signature=(
+            tf.TensorSpec((None, FEATURES)),
+            tf.TensorSpec((None,), tf.int64),
+        ),
+    )
+    results = []
+    for size in (3, None):
+        # Plain Keras counts an update too many where it finds the data to end,
+        # and with `steps_per_execution` trains on too many batches.
+        plain = {} if size else {"steps_per_epoch": len(ends)}
+        each = dataclasses.replace(problem, steps_per_execution=1)
+        model = build_model(each if plain else problem)
+        model.optimizer.build(model.trainable_variables)
+        callbacks = [] if plain else [cut(size)]
+        history = model.fit(
+            batches.repeat() if plain else batches,
+            epochs=2,
+            verbose=0,
+            callbacks=callbacks,
+            **plain,
+        ).history
+        results.append(result_of(model, history))
+    assert results[0].iterations == 2 * len(ends)
+    assert_same(problem, *results)
+
+
+def test_logs_are_those_of_whole_batches():
+    """Batch by batch: every number, and as many."""
+    problem = Problem(micro_batch=2, cut=True)
+
+    def logs_of(run, *callbacks):
+        seen = []
+        tell = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: seen.append(dict(logs))
+        )
+        run(tell, *callbacks)
+        return seen
+
+    def plain(*callbacks):
+        x, y, _ = data(problem)
+        build_model(problem).fit(
+            x,
+            y,
+            batch_size=problem.large_batch,
+            epochs=2,
+            verbose=0,
+            shuffle=False,
+            callbacks=list(callbacks),
+        )
+
+    micro = logs_of(
+        lambda *callbacks: fit_micro(problem, callbacks=list(callbacks)),
+        problem.callback,
+    )
+    large = logs_of(plain)
+    assert len(micro) == len(large) == 6
+    for mine, other in zip(micro, large, strict=True):
+        assert mine.keys() == other.keys()
+        for name in other:
+            assert mine[name] == pytest.approx(other[name], rel=1e-6)
+
+
+def test_every_leaf_is_cut():
+    """Nested inputs, several outputs, a sample weight for each."""
+    problem = Problem(micro_batch=4, steps=3)
+    rng = np.random.default_rng(1)
+    inputs = {"a": X, "b": X[:, :2], "c": X[:, 2:]}
+    targets = {"p": X[:, :1], "q": X[:, 1:]}
+    weights = {
+        "p": rng.uniform(0, 2, EXAMPLES).astype("float32"),
+        "q": np.ones(EXAMPLES, "float32"),
+    }
+    batches = tf.data.Dataset.from_tensor_slices((inputs, targets, weights))
+    results = []
+    for callbacks in ([cut(4)], []):
+        keras.utils.set_random_seed(0)
+        first = {
+            name: keras.Input(array.shape[1:], name=name)
+            for name, array in inputs.items()
+        }
+        hidden = keras.layers.Concatenate()(list(first.values()))
+        hidden = keras.layers.Dense(5, activation="tanh")(hidden)
+        outputs = {
+            "p": keras.layers.Dense(1, name="p")(hidden),
+            "q": keras.layers.Dense(3, name="q")(hidden),
+        }
+        model = keras.Model(first, outputs)
+        model.compile("adam", {"p": "mse", "q": "mae"})
+        model.optimizer.build(model.trainable_variables)
+        history = model.fit(
+            batches.batch(12), epochs=2, verbose=0, callbacks=callbacks
+        ).history
+        results.append(result_of(model, history))
+    assert_same(problem, *results)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_ragged_and_sparse_inputs_are_cut(kind):
+    """As many other arrays."""
+    if kind == "sparse":
+        x, options = tf.sparse.from_dense(np.eye(10, 6, dtype="float32")), {}
+    else:
+        lengths = [2, 1, 3, 1, 1, 2, 2, 1, 1, 3]
+        x = tf.RaggedTensor.from_row_lengths(tf.range(17) % 5, lengths)
+        options = {"dtype": "int32"}
+    batches = tf.data.Dataset.from_tensor_slices((x, tf.range(10.0)[:, None]))
+    results = []
+    for callbacks in ([cut(3)], []):
+        keras.utils.set_random_seed(0)
+        shape = (6,) if kind == "sparse" else (None,)
+        first = keras.Input(shape, **{kind: True}, **options)
+        hidden = first
+        if kind == "ragged":
+            hidden = keras.layers.Embedding(5, 3)(hidden)
+            hidden = keras.ops.mean(hidden, axis=1)
+        model = keras.Model(first, keras.layers.Dense(1)(hidden))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.optimizer.build(model.trainable_variables)
+        history = model.fit(
+            batches.batch(7), epochs=2, verbose=0, callbacks=callbacks
+        ).history
+        results.append(result_of(model, history))
+    assert_same(Problem(steps=3), *results)
+
+
+def test_updates_are_batches():
+    """`on_update` counts them; `skip_nonfinite` leaves micro-batches out."""
+    x = X[:25].copy()
+    x[:2] = np.nan
+    x[10:20] = np.nan
+    updates = []
+    callback = GradientAccumulationCallback(
+        micro_batch_size=2, skip_nonfinite=True, on_update=updates.append
+    )
+    model, twin = build_model(Problem()), build_model(Problem())
+    model.fit(x, Y[:25], 10, verbose=0, shuffle=False, callbacks=[callback])
+    # The first batch without its bad examples; the second would be empty.
+    for part in (slice(2, 10), slice(20, 25)):
+        twin.train_on_batch(X[part], Y[part])
+    assert updates == [1, 2]
+    assert callback.skipped_micro_batches == 6
+    assert_same(
+        Problem(), *(result_of(each, {"loss": [1.0]}) for each in (model, twin))
+    )
+
+
+@pytest.mark.parametrize("execution", ["graph", "xla"])
+def test_each_size_is_compiled_once(execution):
+    """Law 10: a trace for each size of a micro-batch, then a general one."""
+    traced = []
+
+    class Counting(keras.Model):
+        def train_step(self, data):
+            traced.append(data[0].shape[0])
+            return super().train_step(data)
+
+    first = keras.Input((FEATURES,))
+    model = Counting(first, keras.layers.Dense(3)(first))
+    model.compile(
+        "adam",
+        "sparse_categorical_crossentropy",
+        jit_compile=execution == "xla",
+    )
+
+    def fit(size, examples):
+        before = len(traced)
+        x, y = X[:examples], Y[:examples]
+        model.fit(x, y, 8, verbose=0, callbacks=[cut(size)])
+        return traced[before:]
+
+    assert fit(4, 24) == [4]
+    assert fit(4, 24) == fit(5, 24) == []
+    assert fit(2, 24) == [None]
+    assert fit(3, 25) == fit(1, 23) == []
+
+
+def cut(size):
+    return GradientAccumulationCallback(micro_batch_size=size)
+
+
+# "auto": a layer that runs out of memory.
+
+
+class Hungry(keras.layers.Layer):
+    """Runs out of memory above `limit` examples, as a device does.
+
+    With `patience`, only after as many micro-batches since the last time, if
+    they are below twice the limit.
+    """
+
+    limit = None
+    fails_in = "forward"
+    patience = 0
+    seen = []
+    failed = []
+
+    @classmethod
+    def feed(cls, limit, fails_in="forward", patience=0):
+        cls.limit, cls.fails_in, cls.patience = limit, fails_in, patience
+        cls.seen, cls.failed, cls.larger = [], [], 0
+
+    @classmethod
+    def eat(cls, tensor):
+        size = len(tensor)
+        cls.seen.append(size)
+        if cls.limit is not None and size > cls.limit:
+            cls.larger += 1
+            if cls.larger > cls.patience or size >= 2 * cls.limit:
+                cls.larger = 0
+                cls.failed.append(size)
+                raise MemoryError("no more memory")
+        return tensor
+
+    def call(self, inputs):
+        def eat(tensor):
+            eaten = tf.py_function(self.eat, [tensor], tensor.dtype)
+            eaten.set_shape(tensor.shape)
+            return eaten
+
+        @tf.custom_gradient
+        def both(tensor):
+            def backward(gradient):
+                is_here = self.fails_in == "backward"
+                return eat(gradient) if is_here else gradient
+
+            is_here = self.fails_in == "forward"
+            return eat(tensor) if is_here else tf.identity(tensor), backward
+
+        return both(inputs)
+
+
+@pytest.fixture(autouse=True)
+def fed():
+    """Lets the next test begin with enough memory."""
+    Hungry.feed(None)
+    yield
+    Hungry.feed(None)
+
+
+@keras.saving.register_keras_serializable("kaccum_tests")
+class Counted(keras.layers.Layer):
+    """Counts its calls and the examples it saw, as state of its own."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(
+            shape=(), initializer="ones", trainable=False, name="calls"
+        )
+
+    def call(self, inputs):
+        self.calls.assign(self.calls * 2.0 + keras.ops.sum(inputs))
+        return inputs
+
+
+def hungry_model(execution="graph", layers=(), built=True):
+    keras.utils.set_random_seed(0)
+    stack = [keras.layers.Dense(6, activation="tanh"), Hungry(), *layers]
+    stack.append(keras.layers.Dense(3))
+    if built:
+        stack.insert(0, keras.Input((FEATURES,)))
+    model = keras.Sequential(stack)
+    model.compile(
+        keras.optimizers.Adam(0.02, epsilon=1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy()],
+        run_eagerly=execution == "eager",
+        jit_compile=execution == "xla",
+    )
+    return model
+
+
+def stateful():
+    """Everything that a repeated attempt would see a second time."""
+    return [
+        keras.layers.Dropout(0.4, seed=3),
+        keras.layers.BatchNormalization(),
+        Counted(),
+    ]
+
+
+def fit(model, callback, batch_size=10, epochs=2, **options):
+    history = model.fit(
+        X,
+        Y,
+        batch_size=batch_size,
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=[callback, *options.pop("callbacks", [])],
+        **options,
+    ).history
+    return result_of(model, history)
+
+
+def same(mine, other, problem=None):
+    """Equal, seeds and statistics included: the slices were the same."""
+    assert_same(problem or Problem(), mine, other)
+
+
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+@pytest.mark.parametrize("patience", [0, 2], ids=["first", "third"])
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+def test_auto_is_as_the_size_it_found(execution, fails_in, patience, built):
+    """Nothing that a failed attempt touched is seen in the result."""
+    Hungry.feed(4, fails_in, patience)
+    callback = cut("auto")
+    auto = fit(hungry_model(execution, stateful(), built), callback, 20)
+    assert Hungry.failed == [20, 10, 5]
+    third = [20, 10, 5, 5, 5, 3] if patience else [20, 10, 5, 3]
+    assert Hungry.seen[: len(third)] == third
+    assert callback.micro_batch_size == 3
+    Hungry.feed(None)
+    same(auto, fit(hungry_model(execution, stateful(), built), cut(3), 20))
+
+
+def test_auto_in_the_second_epoch_only():
+    """What was trained before stays as it was."""
+    at_epoch = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: Hungry.feed([None, 2][epoch])
+    )
+    callback = cut("auto")
+    sizes = []
+    tell = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: sizes.append(callback.micro_batch_size)
+    )
+    model = hungry_model(layers=stateful())
+    auto = fit(model, callback, callbacks=[at_epoch, tell])
+    assert sizes == [10, 2]
+    Hungry.feed(None)
+    twin = hungry_model(layers=stateful())
+    first = fit(twin, cut(10), epochs=1).history
+    second = fit(twin, cut(2), epochs=2, initial_epoch=1)
+    second.history = {k: first[k] + second.history[k] for k in first}
+    same(auto, second)
+
+
+def test_auto_under_xla(monkeypatch):
+    """Where the third micro-batch fails, two others are taken back."""
+    real = attempts.engine().cut
+
+    def short_of_memory(batch, sizes):
+        for i, micro_batch in enumerate(real(batch, sizes)):
+            if sizes[0] > 2 and i == min(2, len(sizes) - 1):
+                raise tf.errors.ResourceExhaustedError(None, None, "no more")
+            yield micro_batch
+
+    def model():
+        keras.utils.set_random_seed(0)
+        stack = [keras.Input((FEATURES,)), *stateful(), keras.layers.Dense(3)]
+        model = keras.Sequential(stack)
+        loss = "sparse_categorical_crossentropy"
+        model.compile("adam", loss, jit_compile=True)
+        return model
+
+    monkeypatch.setattr(attempts.engine(), "cut", short_of_memory)
+    callback = cut("auto")
+    auto = fit(model(), callback, 12)
+    assert callback.micro_batch_size == 2
+    monkeypatch.setattr(attempts.engine(), "cut", real)
+    same(auto, fit(model(), cut(2), 12))
+
+
+class TestEveryLimit:
+    """One model for all examples: tracing takes longer than training."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls):
+        model = hungry_model()
+        model.optimizer.build(model.trainable_variables)
+        return model, [v.numpy() for v in cls.variables(model)]
+
+    @staticmethod
+    def variables(model):
+        return [*model.variables, *model.optimizer.variables]
+
+    @hypothesis.settings(max_examples=15)
+    @hypothesis.given(
+        limit=st.integers(1, EXAMPLES),
+        batch_size=st.integers(1, EXAMPLES),
+        fails_in=st.sampled_from(["forward", "backward"]),
+        patience=st.integers(0, 3),
+    )
+    def test_auto_is_the_large_batch(
+        self, model, limit, batch_size, fails_in, patience
+    ):
+        """For every limit: as its outcome from the start, as without a cut."""
+        model, start = model
+
+        def run(*callbacks):
+            for variable, value in zip(
+                self.variables(model), start, strict=True
+            ):
+                variable.assign(value)
+            history = model.fit(
+                X, Y, batch_size, verbose=0, shuffle=False, callbacks=callbacks
+            ).history
+            return result_of(model, history)
+
+        Hungry.feed(limit, fails_in, patience)
+        callback = cut("auto")
+        auto = run(callback)
+        found = callback.micro_batch_size
+        assert found <= max(limit, batch_size if patience else limit)
+        assert max(Hungry.seen, default=0) <= batch_size
+        Hungry.feed(None)
+        problem = Problem(steps=-(-batch_size // found))
+        for other in ([cut(found)], []):
+            assert_same(problem, auto, run(*other))
+
+
+def test_the_size_is_remembered(capsys):
+    """For this fit and the next; told once; not for another model."""
+    Hungry.feed(3)
+    callback = cut("auto")
+    assert callback.micro_batch_size == "auto"
+    model = hungry_model()
+    fit(model, callback)
+    assert Hungry.seen[:3] == [10, 5, 3]
+    assert max(Hungry.seen[3:]) == 3
+    line = 'micro_batch_size="auto": micro-batches of 3 examples fit in memory.'
+    assert capsys.readouterr().out == line + "\n"
+    Hungry.feed(3)
+    fit(model, callback, batch_size=25)
+    assert max(Hungry.seen) == 3
+    assert capsys.readouterr().out == ""
+    Hungry.feed(None)
+    fit(hungry_model(), callback)
+    assert Hungry.seen[0] == callback.micro_batch_size == 10
+
+
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+def test_a_single_example_that_does_not_fit(execution):
+    """The original error and a sentence; the state is that of before."""
+    Hungry.feed(0)
+    model = hungry_model(execution, stateful())
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(
+        tf.errors.ResourceExhaustedError,
+        match=r"(?s)no more memory.*\nA single example does not fit in memory, "
+        r"so that no smaller micro-batch is left to try\.$",
+    ):
+        fit(model, cut("auto"))
+    assert Hungry.seen == [10, 5, 3, 2, 1]
+    for variable, value in zip(model.variables, before):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    Hungry.feed(None)
+    same(
+        fit(model, cut(4)),
+        fit(hungry_model(execution, stateful()), cut(4)),
+    )
+
+
+def test_only_memory_is_tried_again():
+    """Another error is the user's, also while one of memory is handled."""
+
+    class Wrong(keras.layers.Layer):
+        def call(self, inputs):
+            if tf.executing_eagerly():
+                raise ZeroDivisionError("mine")
+            return inputs
+
+    model = hungry_model("eager", [Wrong()])
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        try:
+            raise MemoryError
+        except MemoryError:
+            fit(model, cut("auto"))
+    assert Hungry.seen == [10]
+
+
+def test_data_that_does_not_fit_is_not_tried_again():
+    """Smaller micro-batches would not help."""
+
+    def batches():
+        raise MemoryError("no more memory")
+        yield X, Y
+
+    signature = (
+        tf.TensorSpec((None, FEATURES)),
+        tf.TensorSpec((None,), tf.int64),
+    )
+    batches = tf.data.Dataset.from_generator(
+        batches, output_signature=signature
+    )
+    callback = cut("auto")
+    with pytest.raises(tf.errors.OpError, match="no more memory"):
+        hungry_model().fit(batches, verbose=0, callbacks=[callback])
+    assert Hungry.seen == [] and callback.micro_batch_size == "auto"
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda error: error,
+        lambda error: tf.errors.InternalError(
+            None, None, "RESOURCE_EXHAUSTED: Out of memory while trying"
+        ),
+    ],
+    ids=["itself", "as-text"],
+)
+@pytest.mark.parametrize("how", ["bare", "cause", "context"])
+def test_memory_that_ran_out_is_recognised(wrapped, how):
+    """Whatever it is wrapped in."""
+    origin = wrapped(tf.errors.ResourceExhaustedError(None, None, "no more"))
+    error = origin
+    if how != "bare":
+        error = RuntimeError("wrapped")
+        setattr(error, f"__{how}__", origin)
+    engine = attempts.engine()
+    assert engine.is_out_of_memory(error)
+    assert not engine.is_out_of_memory(RuntimeError("wrapped"))
+    assert re.search(
+        r"\nAnd this\.$", engine.out_of_memory(error, "And this.").message
+    )
+
+
+def test_steps_first_then_auto():
+    """What `steps` compiled is used again, its state taken back as well."""
+    twin, model = (hungry_model(layers=stateful()) for _ in range(2))
+    callback = cut("auto")
+    for each, second in ((twin, cut(3)), (model, callback)):
+        Hungry.feed(None)
+        first = GradientAccumulationCallback(2)
+        each.fit(X, Y, 5, verbose=0, shuffle=False, callbacks=[first])
+        Hungry.feed(None if each is twin else 3)
+        fit(each, second)
+    assert callback.micro_batch_size == 3
+    same(result_of(model, {"loss": [1.0]}), result_of(twin, {"loss": [1.0]}))
