@@ -18,7 +18,7 @@ def half(y_true, y_pred):
     return keras.ops.mean(keras.ops.abs(y_true - y_pred)) / 2
 
 
-def two_outputs(execution):
+def two_outputs(execution, learning_rate=0.1):
     keras.utils.set_random_seed(0)
     first = keras.Input((4,))
     outputs = {
@@ -27,7 +27,7 @@ def two_outputs(execution):
     model = keras.Model(first, outputs)
     mean = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
     model.compile(
-        keras.optimizers.SGD(0.1),
+        keras.optimizers.SGD(learning_rate),
         {"a": mean, "b": "mae"},
         metrics={"a": half, "b": half},
         run_eagerly=execution == "eager",
@@ -65,6 +65,25 @@ def test_losses_of_outputs_and_scalar_metrics(execution, batch, options):
     assert large.keys() == micro.keys() >= {"loss", "a_loss", "b_half"}
     for name in large:
         assert micro[name] == pytest.approx(large[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+def test_each_output_has_its_own_denominator(execution):
+    """Also where they are not in proportion, which no update can serve."""
+    logs = []
+    callback = GradientAccumulationCallback(micro_batch_size=3)
+    for callbacks in ([], [callback]):
+        history = two_outputs(execution, learning_rate=0.0).fit(
+            X,
+            {"a": X[:, :2], "b": X[:, 2:]},
+            sample_weight={"a": W, "b": np.ones(26, "float32")},
+            batch_size=13,
+            shuffle=False,
+            verbose=0,
+            callbacks=callbacks,
+        ).history
+        logs.append([history["a_loss"][0], history["b_loss"][0]])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mask", "sum", "mean_with_sample_weight"])
