@@ -39,8 +39,21 @@ def train_in_parts(
     if not size.is_auto:
         parts = size.parts_of(examples)
         return train(engine().cut(batch, parts), len(parts))
-    already = sys.exc_info()[1]
     step.state.remember()
+    try:
+        return _train_in_parts_that_fit(batch, examples, size, step, train)
+    finally:
+        step.state.forget()
+
+
+def _train_in_parts_that_fit(
+    batch: Any,
+    examples: int,
+    size: MicroBatchSize,
+    step: TrainingStep,
+    train: Callable[[Iterator[Any], int], Any],
+) -> Any:
+    already = sys.exc_info()[1]
     while True:
         parts = size.parts_of(examples)
         try:
@@ -53,7 +66,6 @@ def train_in_parts(
             if not size.halve(parts[0]):
                 raise engine().out_of_memory(error, _TOO_LARGE) from error
         else:
-            step.state.forget()
             if size.fits(parts[0]):
                 print(_FOUND.format(size.size), flush=True)
             return result

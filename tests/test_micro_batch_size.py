@@ -15,6 +15,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from kaccum import GradientAccumulationCallback, attempts
+from kaccum.session import Session
 from kaccum.sizes import MicroBatchSize
 from tests.reference import (
     Problem,
@@ -529,6 +530,7 @@ def test_a_single_example_that_does_not_fit(execution):
     ):
         fit(model, cut("auto"))
     assert Hungry.seen == [10, 5, 3, 2, 1]
+    assert Session.of(model)._step.state._before is None
     for variable, value in zip(model.variables, before):
         np.testing.assert_array_equal(variable.numpy(), value)
     Hungry.feed(None)
