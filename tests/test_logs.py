@@ -43,15 +43,20 @@ def two_outputs(execution, learning_rate=0.1):
     ids=["steps", "cut"],
 )
 def test_losses_of_outputs_and_scalar_metrics(execution, batch, options):
-    """Each by its own denominator. (The weights of "a" are all ones.)"""
-    targets = {"a": X[:, :2], "b": X[:, 2:]}
-    weights = {"a": np.ones(26, "float32"), "b": W}
+    """Each by its own denominator. (The weights of "a" are all ones.)
+
+    Of batches of one size: of others Keras's own average depends on what it
+    traced first (3.16 nightly).
+    """
+    x = X[:24]
+    targets = {"a": x[:, :2], "b": x[:, 2:]}
+    weights = {"a": np.ones(24, "float32"), "b": W[:24]}
     histories = []
     callback = GradientAccumulationCallback(**options)
     for size, callbacks in ((12, []), (batch, [callback])):
         model = two_outputs(execution)
         history = model.fit(
-            X,
+            x,
             targets,
             sample_weight=weights,
             batch_size=size,

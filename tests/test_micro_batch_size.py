@@ -176,7 +176,7 @@ def test_every_leaf_is_cut():
         model.compile("adam", {"p": "mse", "q": "mae"})
         model.optimizer.build(model.trainable_variables)
         history = model.fit(
-            batches.batch(12), epochs=2, verbose=0, callbacks=callbacks
+            batches.batch(15), epochs=2, verbose=0, callbacks=callbacks
         ).history
         results.append(result_of(model, history))
     assert_same(problem, *results)
