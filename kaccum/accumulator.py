@@ -5,6 +5,8 @@ Counts no micro-batches and listens to no loss: it is told both.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +14,7 @@ import keras
 from keras import ops
 
 from kaccum.backend import engine
-from kaccum.checks import check_optimizer
+from kaccum.checks import check_optimizer, with_inner
 from kaccum.keras_private import variables_of
 
 
@@ -79,6 +81,9 @@ class GradientAccumulator:
         self._in_window: set[int] = set()
         self._is_divided: bool | None = None
         self._once: list[Callable[[], Any]] = []
+        self._patches = self._engine.patches_for_whole_gradients(
+            with_inner(optimizer)
+        )
         self._weight = self._engine.new_sum((), "float32")
         self._count = self._engine.new_sum((), "int64")
 
@@ -143,8 +148,18 @@ class GradientAccumulator:
             else:
                 self._engine.add_weighted(total, gradient, weight)
 
-    def apply(self) -> None:
+    @property
+    def parts(self) -> list[Any]:
+        """What the replicas of a strategy have to add up for an update."""
+        totals = [self._weight, self._count, *self._sums.values()]
+        return [self._engine.value_of(total) for total in totals]
+
+    def apply(self, parts: list[Any] | None = None) -> None:
         """Makes one update of the window's gradient and empties the sums.
+
+        Args:
+            parts: `parts`, each summed over all replicas. Defaults to their
+                sums, which are asked for.
 
         Raises:
             RuntimeError: If nothing was added since the last update. What is
@@ -153,9 +168,17 @@ class GradientAccumulator:
         """
         if not self._variables:
             raise RuntimeError(_NOTHING_ADDED)
-        with self._engine.positive(self._count, _NOTHING_ADDED):
+        if parts is None:
+            parts = self._engine.sum_over_replicas(self.parts)
+        weight, count, *sums = parts
+        with self._engine.positive(count, _NOTHING_ADDED):
             variables = list(self._variables.values())
-            self._apply(self._window_gradients(), variables)
+            gradients = self._window_gradients(weight, count, sums)
+            with contextlib.ExitStack() as stack:
+                if self._engine.replicas() > 1:
+                    for patch in self._patches:
+                        stack.enter_context(patch)
+                self._apply(gradients, variables)
         self.reset()
 
     def reset(self) -> None:
@@ -221,25 +244,29 @@ class GradientAccumulator:
             )
         return self._sums[key]
 
-    def _window_gradients(self) -> list[Any]:
+    def _window_gradients(
+        self, weight: Any, count: Any, sums: list[Any]
+    ) -> list[Any]:
         gradients: list[Any] = [None] * len(self._variables)
-        weight = self._engine.value_of(self._weight)
+        totals = dict(zip(self._sums, sums))
         share = ops.divide_no_nan(1.0, weight)
         for i, (key, variable) in enumerate(self._variables.items()):
             if key not in self._compiled | self._in_window:
                 continue
-            gradient = self._engine.value_of(self._sums[key])
+            gradient = totals[key]
             if self._is_divided and not _is_overwritten(variable):
                 gradient *= ops.cast(share, gradient.dtype)
             gradients[i] = gradient
         if not self._is_divided and self._once:
-            self._subtract_repetitions(gradients)
+            self._subtract_repetitions(gradients, count - 1)
         return [
             g if g is None else ops.cast(g, self._dtypes[key])
             for g, key in zip(gradients, self._variables)
         ]
 
-    def _subtract_repetitions(self, gradients: list[Any]) -> None:
+    def _subtract_repetitions(
+        self, gradients: list[Any], repetitions: Any
+    ) -> None:
         """Takes out all but one of the terms that every micro-batch added."""
 
         def loss() -> Any:
@@ -250,8 +277,8 @@ class GradientAccumulator:
         for i, term in enumerate(once):
             if term is not None and gradients[i] is not None:
                 dtype = gradients[i].dtype
-                repetitions = ops.cast(self.count - 1, dtype)
-                gradients[i] -= repetitions * ops.cast(term, dtype)
+                term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
+                gradients[i] -= term
 
 
 _NOTHING_ADDED = (
@@ -265,9 +292,17 @@ def build_optimizer(
 ) -> None:
     """Makes an optimizer's variables, also while a function is traced."""
     if not optimizer.built:
-        with engine().outside_of_traces(), keras.name_scope(optimizer.name):
-            optimizer.build(list(variables))
-        optimizer.built = True
+        engine().outside_of_traces(
+            functools.partial(_build, optimizer, list(variables))
+        )
+
+
+def _build(
+    optimizer: keras.optimizers.Optimizer, variables: list[Any]
+) -> None:
+    with keras.name_scope(optimizer.name):
+        optimizer.build(variables)
+    optimizer.built = True
 
 
 def _is_overwritten(variable: Any) -> bool:

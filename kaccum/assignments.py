@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,8 +78,9 @@ class BatchState:
             return
         if self._before is not None:
             # In a trace: none of this batch's steps has assigned it yet.
-            with engine().outside_of_traces():
-                self._before[id(variable)] = engine().copy(variable)
+            self._before[id(variable)] = engine().outside_of_traces(
+                functools.partial(engine().copy, variable)
+            )
         self._variables[id(variable)] = variable
 
     def remember(self) -> None:
@@ -89,7 +91,7 @@ class BatchState:
     def restore(self) -> None:
         """Takes back all assignments since `remember`."""
         for key, before in (self._before or {}).items():
-            self._variables[key].assign(before)
+            engine().restore(self._variables[key], before)
 
     def forget(self) -> None:
         """Forgets the values."""

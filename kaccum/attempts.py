@@ -38,7 +38,7 @@ def train_in_parts(
     examples = engine().examples_in(batch)
     if not size.is_auto:
         parts = size.parts_of(examples)
-        return train(engine().cut(batch, parts), len(parts))
+        return train(engine().cut(batch, parts, step.model), len(parts))
     step.state.remember()
     try:
         return _train_in_parts_that_fit(batch, examples, size, step, train)
@@ -48,7 +48,7 @@ def train_in_parts(
 
 def _train_in_parts_that_fit(
     batch: Any,
-    examples: int,
+    examples: list[int],
     size: MicroBatchSize,
     step: TrainingStep,
     train: Callable[[Iterator[Any], int], Any],
@@ -57,16 +57,17 @@ def _train_in_parts_that_fit(
     while True:
         parts = size.parts_of(examples)
         try:
-            result = train(engine().cut(batch, parts), len(parts))
+            micro_batches = engine().cut(batch, parts, step.model)
+            result = train(micro_batches, len(parts))
         except Exception as error:
             if not engine().is_out_of_memory(error, already):
                 raise
             step.reset()
             step.state.restore()
-            if not size.halve(parts[0]):
+            if not size.halve(max(parts[0])):
                 raise engine().out_of_memory(error, _TOO_LARGE) from error
         else:
-            if size.fits(parts[0]):
+            if size.fits(max(parts[0])):
                 print(_FOUND.format(size.size), flush=True)
             return result
         # The frames of the failed attempt may hold its tensors in a cycle.

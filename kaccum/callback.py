@@ -11,7 +11,7 @@ import keras
 from kaccum.backend import engine
 from kaccum.checks import check_model, is_scaling_losses, received
 from kaccum.keras_private import callbacks_of_fit
-from kaccum.session import Session
+from kaccum.session import Session, is_plain_fit
 from kaccum.sizes import MicroBatchSize
 from kaccum.window import Schedule, Steps, Window
 
@@ -145,7 +145,8 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self._skipped = 0
         is_plain = not self.skip_nonfinite and self.on_update is None
         if is_plain and self._schedule and self._schedule.is_always_one:
-            return
+            if is_plain_fit(self.model, 1):
+                return
         if self._size is not None and self._model_of_size() is not self.model:
             self._size.forget()
             self._model_of_size = weakref.ref(self.model)

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from kaccum.backend import engine
+
 
 def received(name: str, value: Any) -> str:
     """The sentence that says what an argument was."""
@@ -35,21 +37,14 @@ def check_model(model: keras.Model) -> None:
     Raises:
         ValueError: If it is not compiled, has no optimizer, or one that
             accumulates itself.
-        RuntimeError: If it trains on several replicas.
+        RuntimeError: If it trains on devices that are not supported.
     """
     if not model.compiled:
         raise ValueError(
             "The model must be compiled to accumulate gradients. Received: a "
             f"{type(model).__name__} that is not. Call `compile` first."
         )
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise RuntimeError(
-            "The model must train on one device for its gradients to be "
-            f"accumulated exactly. Received: a {replicas}-replica "
-            f"{type(model.distribute_strategy).__name__}. Build the model "
-            "outside of a strategy's scope."
-        )
+    engine().check_devices(model)
     if model.optimizer is None:
         raise ValueError(
             "The model must have an optimizer to accumulate gradients for. "
@@ -70,7 +65,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
             "`optimizer` must be a `keras.optimizers.Optimizer`. "
             f"{received('optimizer', optimizer)}"
         )
-    for each in _with_inner(optimizer):
+    for each in with_inner(optimizer):
         steps = getattr(each, "gradient_accumulation_steps", None)
         if steps:
             raise ValueError(
@@ -83,12 +78,12 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether a `LossScaleOptimizer` is at work."""
     kind = keras.optimizers.LossScaleOptimizer
-    return any(isinstance(each, kind) for each in _with_inner(optimizer))
+    return any(isinstance(each, kind) for each in with_inner(optimizer))
 
 
-def _with_inner(optimizer: Any) -> list[Any]:
+def with_inner(optimizer: Any) -> list[Any]:
     """An optimizer and those it wraps."""
     inner = list(getattr(optimizer, "optimizers", []))
     if hasattr(optimizer, "inner_optimizer"):
         inner.append(optimizer.inner_optimizer)
-    return [optimizer, *(o for i in inner for o in _with_inner(i))]
+    return [optimizer, *(o for i in inner for o in with_inner(i))]

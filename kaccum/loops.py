@@ -9,7 +9,7 @@ import keras
 
 from kaccum.backend import engine
 from kaccum.checks import check_model
-from kaccum.session import Session
+from kaccum.session import Session, is_plain_fit
 from kaccum.window import Window, checked_steps
 
 
@@ -66,7 +66,7 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
             "Received: one inside of another `accumulate`, or of a `fit` with "
             "a `GradientAccumulationCallback`."
         )
-    if steps == 1:
+    if is_plain_fit(model, steps):
         yield
         return
     session = Session.of(model)

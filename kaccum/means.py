@@ -8,6 +8,7 @@ window the number is that of all its micro-batches.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from kaccum.backend import engine
 from kaccum.patches import SharedPatch
 
 # Taken at import: Keras's own.
@@ -51,6 +53,9 @@ class WindowMeans:
     def __init__(self) -> None:
         self._means: dict[tuple[int, int], _WindowMean] = {}
 
+    def __len__(self) -> int:
+        return len(self._means)
+
     def update(
         self,
         metric: Any,
@@ -74,8 +79,26 @@ class WindowMeans:
         """
         key = (id(metric), call)
         if key not in self._means:
-            self._means[key] = _WindowMean(metric)
+            make = functools.partial(
+                _WindowMean, metric, weight is None, size is None
+            )
+            self._means[key] = engine().outside_of_traces(make)
         self._means[key].update(value, size, weight, once)
+
+    @property
+    def parts(self) -> list[Any]:
+        """What the replicas of a strategy have to add up for an update."""
+        return [part for mean in self._means.values() for part in mean.parts]
+
+    def close(self, parts: list[Any]) -> None:
+        """Ends the window.
+
+        Args:
+            parts: `parts`, each summed over all replicas.
+        """
+        for i, mean in enumerate(self._means.values()):
+            mean.close(*parts[3 * i : 3 * i + 3])
+        self.reset()
 
     def reset(self) -> None:
         """Starts an empty window."""
@@ -86,44 +109,72 @@ class WindowMeans:
 class _WindowMean:
     """A number of the open window, kept up to date in a `Mean` metric.
 
-    In Keras variables, so that they are taken back where a step is.
+    In Keras variables, so that they are taken back where a step is. Each
+    replica has its own, as of the metric, and keeps its share of the window up
+    to date from what it has seen itself; at the end it learns of the others.
+
+    Args:
+        metric: The `Mean`.
+        adds_up: Whether the numbers of micro-batches add up.
+        is_one: Whether the metric weights each batch by 1.
     """
 
-    def __init__(self, metric: Any) -> None:
+    def __init__(self, metric: Any, adds_up: bool, is_one: bool) -> None:
         self._metric = metric
-        self._total, self._weight, self._size = (
+        self._adds_up = adds_up
+        self._is_one = is_one
+        self._variables = [
             keras.Variable(
-                "zeros", (), metric.dtype, trainable=False, name=name
+                "zeros",
+                (),
+                metric.dtype,
+                trainable=False,
+                aggregation="sum",
+                synchronization="on_read",
+                name=name,
             )
-            for name in ("total", "weight", "size")
-        )
+            for name in ("total", "weight", "size", "once")
+        ]
+
+    @property
+    def parts(self) -> list[Any]:
+        """Total, weight and size."""
+        return [ops.convert_to_tensor(v) for v in self._variables[:3]]
 
     def update(self, value: Any, size: Any, weight: Any, once: Any) -> None:
         metric, dtype = self._metric, self._metric.dtype
         # After a reset of the metric what went before is not in it any more.
-        is_in = ops.cast(ops.greater_equal(metric.count, self._size), dtype)
-        old = [part * is_in for part in (self._total, self._weight, self._size)]
+        is_in = ops.greater_equal(metric.count, self._variables[2])
+        old = [part * ops.cast(is_in, dtype) for part in self._variables]
         value, once = ops.cast(value, dtype), ops.cast(once, dtype)
-        adds_up = weight is None
-        weight = ops.cast(1.0 if adds_up else weight, dtype)
-        value = value - once if adds_up else weight * value
-        total, weight = old[0] + value, old[1] + weight
-        is_one = size is None
-        size = ops.cast(1.0 if is_one else size, dtype)
-        size = size if is_one else old[2] + size
-
-        def part_of(total: Any, weight: Any, size: Any) -> Any:
-            if adds_up:
-                return (total + once) * size
-            return ops.divide_no_nan(total, weight) * size
-
-        change = part_of(total, weight, size) - part_of(*old)
+        weight = ops.cast(1.0 if weight is None else weight, dtype)
+        value = value - once if self._adds_up else weight * value
+        size = ops.cast(1.0 if size is None else size, dtype)
+        size = size if self._is_one else old[2] + size
+        new = [old[0] + value, old[1] + weight, size, once]
+        change = self._number(*new) * size - self._number(*old) * old[2]
         metric.total.assign_add(change)
         metric.count.assign_add(size - old[2])
-        self._total.assign(total)
-        self._weight.assign(weight)
-        self._size.assign(size)
+        for variable, part in zip(self._variables, new):
+            variable.assign(part)
+
+    def close(self, total: Any, weight: Any, size: Any) -> None:
+        """Corrects what the metric has by what all replicas saw."""
+        if engine().replicas() == 1:
+            return
+        _, _, own, once = self._variables
+        # Of a window that counts once, each replica counts a share.
+        share = own / ops.maximum(size, 1.0) if self._is_one else own
+        number = self._number(total, weight, size, once)
+        now = self._number(*self._variables)
+        self._metric.total.assign_add(number * share - now * own)
+        self._metric.count.assign_add(share - own)
 
     def reset(self) -> None:
-        for variable in (self._total, self._weight, self._size):
+        for variable in self._variables:
             variable.assign(0.0)
+
+    def _number(self, total: Any, weight: Any, size: Any, once: Any) -> Any:
+        if self._adds_up:
+            return total + once
+        return ops.divide_no_nan(total, weight)

@@ -13,17 +13,17 @@ _ABSENT = object()
 class Patch:
     """Shadows the attribute `name` of `owner` by `value`.
 
-    Writes to the instance's dictionary: Keras and TensorFlow track whatever is
+    Writes to an instance's dictionary: Keras and TensorFlow track whatever is
     assigned to the attributes of their objects, and would save it.
 
     Args:
-        owner: The object whose attribute is shadowed.
+        owner: The object, module or class whose attribute is shadowed.
         name: The attribute's name.
         value: What stands there while the patch is installed.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._attributes = vars(owner)
+        self._owner = owner
         self._name = name
         self._value = value
         self._previous: Any = _ABSENT
@@ -31,21 +31,28 @@ class Patch:
     @property
     def is_installed(self) -> bool:
         """Whether the attribute is this patch's value now."""
-        return self._attributes.get(self._name) is self._value
+        return vars(self._owner).get(self._name) is self._value
 
     def install(self) -> None:
         """Puts the value in place."""
-        self._previous = self._attributes.get(self._name, _ABSENT)
-        self._attributes[self._name] = self._value
+        self._previous = vars(self._owner).get(self._name, _ABSENT)
+        self._set(self._value)
 
     def remove(self) -> None:
         """Puts back what was there, unless someone else replaced it since."""
-        if not self.is_installed:
-            return
-        if self._previous is _ABSENT:
-            del self._attributes[self._name]
+        if self.is_installed:
+            self._set(self._previous)
+
+    def _set(self, value: Any) -> None:
+        if not isinstance(self._owner, type):
+            if value is _ABSENT:
+                del vars(self._owner)[self._name]
+            else:
+                vars(self._owner)[self._name] = value
+        elif value is _ABSENT:
+            delattr(self._owner, self._name)
         else:
-            self._attributes[self._name] = self._previous
+            setattr(self._owner, self._name, value)
 
 
 @contextlib.contextmanager
@@ -60,39 +67,27 @@ def patched(patches: list[Patch]) -> Iterator[None]:
             patch.remove()
 
 
-class SharedPatch(contextlib.AbstractContextManager["SharedPatch"]):
-    """Replaces an attribute of a module or class while anyone needs it.
+class SharedPatch(Patch, contextlib.AbstractContextManager["SharedPatch"]):
+    """A patch that is in place while anyone needs it.
 
-    One replacement serves every thread: models trained at the same time may
-    enter and leave in any order.
-
-    Args:
-        owner: The module or class.
-        name: The attribute's name.
-        value: What stands there inside of `with` blocks.
+    One serves every thread: models trained at the same time, and the replicas
+    of one, may enter and leave in any order.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._owner = owner
-        self._name = name
-        self._value = value
-        self._previous = getattr(owner, name)
-        self._is_inherited = name not in vars(owner)
+        super().__init__(owner, name, value)
         self._lock = threading.Lock()
         self._users = 0
 
     def __enter__(self) -> SharedPatch:
         with self._lock:
+            if self._users == 0:
+                self.install()
             self._users += 1
-            setattr(self._owner, self._name, self._value)
         return self
 
     def __exit__(self, *error: Any) -> None:
         with self._lock:
             self._users -= 1
-            if self._users:
-                return
-            if self._is_inherited:
-                delattr(self._owner, self._name)
-            else:
-                setattr(self._owner, self._name, self._previous)
+            if self._users == 0:
+                self.remove()

@@ -144,7 +144,8 @@ class Session:
 
     def _use_engine(self, skip_nonfinite: bool) -> None:
         if skip_nonfinite not in self._engines:
-            step = TrainingStep(self._model, skip_nonfinite=skip_nonfinite)
+            with engine().scope_of(self._model):
+                step = TrainingStep(self._model, skip_nonfinite=skip_nonfinite)
             made = engine().Engine(self._model, step)
             self._engines[skip_nonfinite] = (made, step)
         self._engine, self._step = self._engines[skip_nonfinite]
@@ -163,7 +164,8 @@ class Session:
             return self._run(iterator, self._window.closes(count))
 
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
-        is_plain = self._window.steps == 1 and not self._step.skips
+        is_plain = is_plain_fit(self._model, self._window.steps)
+        is_plain = is_plain and not self._step.skips
         ran = self._engine.run(iterator, closes, is_plain=is_plain)
         self._window.advance(ran.micro_batches)
         self._report(ran.updates)
@@ -262,6 +264,15 @@ class Session:
 
         self._model.train_function = run_once
         return run_once
+
+
+def is_plain_fit(model: keras.Model, steps: int) -> bool:
+    """Whether Keras's own training step makes the update of a window.
+
+    That of several replicas is not the large batch's (Keras 3.15): it takes the
+    mean of their means, and clips each one's share.
+    """
+    return steps == 1 and engine().replicas_of(model) == 1
 
 
 _FIT_INSIDE = (

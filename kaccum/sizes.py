@@ -40,15 +40,25 @@ class MicroBatchSize:
             return self._most
         return AUTO if self._found is None else self._found
 
-    def parts_of(self, examples: int) -> list[int]:
+    def parts_of(self, examples: list[int]) -> list[list[int]]:
         """The sizes of the micro-batches of a batch, the larger ones first.
 
         They are as few as possible, then as equal as possible.
+
+        Args:
+            examples: How many the batch has, for each replica.
+
+        Returns:
+            For each micro-batch how many it has, for each replica.
         """
-        count = 1 if self._most is None else -(-examples // self._most)
+        largest = max(examples)
+        count = 1 if self._most is None else -(-largest // self._most)
         count = max(count, 1)
-        size, larger = divmod(examples, count)
-        return [size + 1] * larger + [size] * (count - larger)
+        by_replica = []
+        for each in examples:
+            size, larger = divmod(each, count)
+            by_replica.append([size + 1] * larger + [size] * (count - larger))
+        return [list(sizes) for sizes in zip(*by_replica)]
 
     def halve(self, failed: int) -> bool:
         """Asks for less from now on.

@@ -28,7 +28,7 @@ SKIPPED = "skipped_micro_batches"
 class _Run:
     """What one run (or trace) of a training step knows, on one replica."""
 
-    def __init__(self, data: Any, closes: bool) -> None:
+    def __init__(self, data: Any, closes: bool, may_be_left_out: bool) -> None:
         self.data = data
         self.closes = closes
         self.denominators: list[weights.Denominator] = []
@@ -38,8 +38,9 @@ class _Run:
         self.is_in_loss = False
         # How often each `Mean` metric was given a number.
         self.numbers: dict[int, int] = {}
-        # Where micro-batches may be left out: what waits for all gradients, and
-        # what to go back to.
+        # If it may be left out: what waits for all gradients, and what to go
+        # back to.
+        self.may_be_left_out = may_be_left_out
         self.waiting: list[tuple[GradientAccumulator, Any, Any]] = []
         self.state = MicroBatchState()
 
@@ -61,7 +62,7 @@ class TrainingStep:
         self.accumulators: list[GradientAccumulator] = []
         self.state = BatchState()
         self._means = means.WindowMeans()
-        self._model = model
+        self.model = model
         self._optimizer = model.optimizer
         self._engine = engine()
         # A `tf.function` would be traced once, for *add* and *update* alike.
@@ -92,9 +93,17 @@ class TrainingStep:
 
         Around a whole call, not inside the step: replicas are threads.
         """
-        with weights.hearing(), means.telling, assignments.telling:
-            with patched(self._hooks):
-                yield
+        with contextlib.ExitStack() as stack:
+            for context in (
+                weights.hearing(),
+                means.telling,
+                assignments.telling,
+                patched(self._hooks),
+            ):
+                stack.enter_context(context)
+            if not self.model.run_eagerly:
+                stack.enter_context(self._engine.making_variables_outside())
+            yield
 
     def start(self) -> None:
         """Makes ready for training: all sums are empty."""
@@ -114,11 +123,13 @@ class TrainingStep:
         Raises:
             RuntimeError: If it applied no gradients.
         """
-        run = _running.run = _Run(data, closes)
+        # A replica without examples has done nothing.
+        may_be_left_out = self.skips or self._engine.may_be_empty(data)
+        run = _running.run = _Run(data, closes, may_be_left_out)
         try:
             with contextlib.ExitStack() as stack:
                 enter = stack.enter_context
-                enter(self._engine.making_variables_outside())
+                enter(weights.of_one_replica())
                 enter(assignments.heard_by(functools.partial(self._hear, run)))
                 enter(means.heard_by(functools.partial(self._on_mean, run)))
                 logs = self._train_step(data)
@@ -126,21 +137,31 @@ class TrainingStep:
                 self._means.reset()
         finally:
             _running.run = None
-        if run.calls == 0 and self._model.trainable_variables:
+        if run.calls == 0 and self.model.trainable_variables:
             raise RuntimeError(
                 "The model's `train_step` must update its weights by "
                 "`self.optimizer.apply_gradients` or `self.optimizer.apply`: "
                 "there is nothing to accumulate. Received: a `train_step` of "
-                f"{type(self._model).__name__} that called neither (inside a "
+                f"{type(self.model).__name__} that called neither (inside a "
                 "`tf.function` of its own they are not seen)."
             )
-        return self._keep_or_skip(run, logs) if self.skips else logs
+        return self._keep_or_skip(run, logs) if may_be_left_out else logs
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What `apply` depends on, if it is compiled."""
+        sums = sum(a.number_of_sums for a in self.accumulators)
+        return sums, len(self._means)
 
     def apply(self) -> None:
-        """Makes the update of the open window."""
-        for accumulator in self.accumulators:
-            accumulator.apply()
-        self._means.reset()
+        """Makes the update of the open window, on each replica."""
+        groups = [a.parts for a in self.accumulators] + [self._means.parts]
+        flat = [tensor for group in groups for tensor in group]
+        parts = iter(self._engine.sum_over_replicas(flat))
+        *groups, means = [[next(parts) for _ in group] for group in groups]
+        for accumulator, group in zip(self.accumulators, groups):
+            accumulator.apply(group)
+        self._means.close(means)
 
     def is_empty(self) -> Any:
         """Whether every micro-batch of the window was left out: scalar bool."""
@@ -160,7 +181,7 @@ class TrainingStep:
     def _make_hooks(self) -> list[Patch]:
         others = [
             value
-            for value in vars(self._model).values()
+            for value in vars(self.model).values()
             if isinstance(value, keras.optimizers.Optimizer)
             and value is not self._optimizer
         ]
@@ -173,7 +194,7 @@ class TrainingStep:
             Patch(o, "apply", functools.partial(self._on_other, o.apply))
             for o in others
         ]
-        loss = compiled_loss(self._model)
+        loss = compiled_loss(self.model)
         if loss is not None:
             hooks.append(
                 Patch(loss, "call", functools.partial(self._on_loss, loss.call))
@@ -183,7 +204,7 @@ class TrainingStep:
     def _hear(self, run: _Run, variable: Any) -> None:
         if not run.is_applying:
             self.state.hear(variable)
-        if self.skips:
+        if run.may_be_left_out:
             run.state.hear(variable)
 
     def _on_loss(
@@ -228,7 +249,7 @@ class TrainingStep:
         raise RuntimeError(
             "The model's `train_step` must apply gradients by "
             "`self.optimizer` only, whose gradients are accumulated. Received: "
-            f"a `train_step` of {type(self._model).__name__} that applied some "
+            f"a `train_step` of {type(self.model).__name__} that applied some "
             "by another optimizer."
         )
 
@@ -240,7 +261,7 @@ class TrainingStep:
                 # Until it is built it scales by a constant, which would be
                 # compiled into the step (Keras 3.15).
                 build_optimizer(
-                    self._optimizer, self._model.trainable_variables
+                    self._optimizer, self.model.trainable_variables
                 )
         return self._real_scale_loss(loss)
 
@@ -274,7 +295,7 @@ class TrainingStep:
             )
         accumulator = self.accumulators[run.calls]
         run.calls += 1
-        if self.skips:
+        if run.may_be_left_out:
             run.waiting.append((accumulator, gradients, variables))
             return None
         # With a data set of unknown length, the call that finds it exhausted
@@ -303,18 +324,26 @@ class TrainingStep:
         accumulator.count_once(self._regularizers(run))
 
     def _keep_or_skip(self, run: _Run, logs: Any) -> Any:
-        """Adds the gradients if all are finite, else undoes the step."""
-        gradients = [g for _, gs, _ in run.waiting for g in gs]
-        is_kept = self._engine.all_finite(gradients)
+        """Adds the gradients, or undoes the step and leaves them out."""
+        is_kept = ops.greater(weights.examples_in(run.data), 0.0)
+        if self.skips:
+            gradients = [g for _, gs, _ in run.waiting for g in gs]
+            is_finite = self._engine.all_finite(gradients)
+            is_skipped = ops.logical_and(is_kept, ops.logical_not(is_finite))
+            self._engine.increase(self._skipped, ops.cast(is_skipped, "int64"))
+            is_kept = ops.logical_and(is_kept, is_finite)
         for accumulator, gradients, variables in run.waiting:
             self._add(run, accumulator, gradients, variables, is_kept)
         run.state.restore_unless(is_kept)
-        self._engine.increase(self._skipped, 1 - ops.cast(is_kept, "int64"))
         if not isinstance(logs, dict):
             return logs
-        metrics = self._model.get_metrics_result()
+        metrics = self.model.get_metrics_result()
         logs = metrics if metrics.keys() == logs.keys() else logs
-        return {**logs, SKIPPED: self._engine.value_of(self._skipped)}
+        if not self.skips:
+            return logs
+        # Keras shows the mean over replicas.
+        skipped = self._engine.value_of(self._skipped) * self._engine.replicas()
+        return {**logs, SKIPPED: skipped}
 
     def _weight(self, run: _Run, denominators: list[Any]) -> Any:
         heard = [d for d in denominators if self._engine.is_reachable(d.value)]
@@ -332,6 +361,6 @@ class TrainingStep:
 
         return [
             functools.partial(term, v)
-            for v in self._model.trainable_variables
+            for v in self.model.trainable_variables
             if v.regularizer is not None
         ]

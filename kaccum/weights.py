@@ -1,6 +1,7 @@
 """The weight of a micro-batch: the denominator of its own mean loss.
 
-Listens to the losses that `compile` was given while a training step runs.
+Listens to the losses that `compile` was given while a training step runs. Has
+each replica compute the loss of its own micro-batch, as a single device would.
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ def listen_to(denominators: list[Denominator]) -> Iterator[None]:
         vars(_listening).update(previous)
 
 
+@contextlib.contextmanager
+def of_one_replica() -> Iterator[None]:
+    """Has this thread's losses not be divided by the number of replicas."""
+    previous = getattr(_listening, "is_undivided", False)
+    _listening.is_undivided = True
+    try:
+        yield
+    finally:
+        _listening.is_undivided = previous
+
+
 def weight_of(
     denominators: list[Denominator],
     count_examples: Callable[[], Any],
@@ -100,6 +112,8 @@ def weight_of(
 # Taken at import: Keras's own.
 _reduce_weighted_values = loss_module.reduce_weighted_values
 _call = loss_module.Loss.__call__
+_scale = loss_module.scale_loss_for_distribution
+_unscale = loss_module.unscale_loss_for_distribution
 
 
 def _call_one_deeper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +132,9 @@ def _reduce_and_report(
     reduction: str | None = "sum_over_batch_size",
     dtype: Any = None,
 ) -> Any:
+    if _is_undivided() and tuple(values.shape) == (0,):
+        # Keras leaves a loss of no examples unreduced (Keras 3.15).
+        values = ops.sum(values)
     denominators = getattr(_listening, "denominators", None)
     if denominators is not None and _listening.depth == 1:
         denominators.append(
@@ -132,16 +149,32 @@ def _reduce_and_report(
     )
 
 
+def _is_undivided() -> bool:
+    return getattr(_listening, "is_undivided", False)
+
+
+def _divide(value: Any) -> Any:
+    return value if _is_undivided() else _scale(value)
+
+
+def _multiply(value: Any) -> Any:
+    return value if _is_undivided() else _unscale(value)
+
+
 _reduction = SharedPatch(
     loss_module, "reduce_weighted_values", _reduce_and_report
 )
 _calls = SharedPatch(loss_module.Loss, "__call__", _call_one_deeper)
+_scaling = SharedPatch(loss_module, "scale_loss_for_distribution", _divide)
+_unscaling = SharedPatch(
+    loss_module, "unscale_loss_for_distribution", _multiply
+)
 
 
 @contextlib.contextmanager
 def hearing() -> Iterator[None]:
     """Makes losses report to `listen_to` while the `with` block runs."""
-    with _reduction, _calls:
+    with _reduction, _calls, _scaling, _unscaling:
         yield
 
 

@@ -4,6 +4,7 @@ Nothing of kaccum is used here but the callback that is tested.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -49,6 +50,8 @@ class Problem:
     validation: bool = False
     built: bool = True
     seed: int = 0
+    # Of a strategy: 0 is none, 1 a `OneDeviceStrategy`.
+    replicas: int = 0
 
     @property
     def large_batch(self):
@@ -59,6 +62,11 @@ class Problem:
     def batch(self):
         """Examples in a batch of `fit`, with kaccum."""
         return self.large_batch if self.cut else self.micro_batch
+
+    @property
+    def alone(self):
+        """The same problem without a strategy."""
+        return dataclasses.replace(self, replicas=0)
 
     @property
     def callback(self):
@@ -124,8 +132,28 @@ def build_optimizer(problem):
     return optimizer
 
 
+@functools.cache
+def strategy_of(replicas):
+    """One for each number of replicas, on as many GPUs if there are."""
+    kind = "GPU" if len(tf.config.list_logical_devices("GPU")) > 2 else "CPU"
+    if replicas == 0:
+        return tf.distribute.get_strategy()
+    if replicas == 1:
+        return tf.distribute.OneDeviceStrategy(f"{kind}:1")
+    # Two strategies' collectives would meet each other (TensorFlow 2.21).
+    ops = tf.distribute.ReductionToOneDevice() if replicas == 3 else None
+    return tf.distribute.MirroredStrategy(
+        [f"{kind}:{i}" for i in range(replicas)], cross_device_ops=ops
+    )
+
+
 def build_model(problem, optimizer=None):
     """The compiled model of a problem, always with the same weights."""
+    with strategy_of(problem.replicas).scope():
+        return _build_model(problem, optimizer)
+
+
+def _build_model(problem, optimizer):
     keras.utils.set_random_seed(problem.seed)
     layers = keras.layers
     options = {
@@ -219,13 +247,13 @@ def result_of(model, history):
         history,
         [np.asarray(v.numpy(), "float64") for v in model.variables],
         [np.asarray(v.numpy(), "float64") for v in model.optimizer.variables],
-        int(model.optimizer.iterations),
+        int(model.optimizer.iterations.numpy()),
     )
 
 
 def fit_large(problem, model=None):
     """The truth: one batch an update, and no callback."""
-    model = model or build_model(problem)
+    model = model or build_model(problem.alone)
     if model.built and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     _densify(model.optimizer)

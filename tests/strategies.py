@@ -73,6 +73,7 @@ def problems(draw, **fixed):
         "steps_per_execution": draw(st.sampled_from([1, 1, 2, 5])),
         "unknown_length": draw(st.booleans()),
         "validation": draw(st.booleans()),
+        "replicas": 0,
         "seed": draw(st.integers(0, 3)),
     }
     return Problem(**{**drawn, **fixed})

@@ -1,7 +1,6 @@
 """One clear error for each bad call, and nothing lost."""
 
 import re
-import types
 
 import keras
 import numpy as np
@@ -461,22 +460,3 @@ def test_another_backend(monkeypatch):
         r"`KERAS_BACKEND=tensorflow`\.$",
     ):
         GradientAccumulationCallback(2).on_train_begin()
-
-
-def test_several_replicas():
-    """Refused, not computed wrongly."""
-
-    class Mirrored(keras.Sequential):
-        distribute_strategy = types.SimpleNamespace(num_replicas_in_sync=2)
-
-    model = Mirrored()
-    model.compile("sgd", "mse")
-    callback = GradientAccumulationCallback(2)
-    callback.set_model(model)
-    with pytest.raises(
-        RuntimeError,
-        match=r"^The model must train on one device for its gradients to be "
-        r"accumulated exactly\. Received: a 2-replica SimpleNamespace\. Build "
-        r"the model outside of a strategy's scope\.$",
-    ):
-        callback.on_train_begin()

@@ -35,15 +35,19 @@ Y = RNG.integers(0, 3, EXAMPLES)
 # How a batch is cut: plain numbers.
 
 
-@hypothesis.given(st.integers(1, 5000), st.integers(1, 600))
+@hypothesis.given(
+    st.lists(st.integers(0, 5000), min_size=1, max_size=4).filter(any),
+    st.integers(1, 600),
+)
 def test_parts_are_few_and_equal(examples, most):
-    """As few as possible, then as equal as possible."""
+    """As few as possible, then as equal as possible, on each replica."""
     parts = MicroBatchSize(most).parts_of(examples)
-    assert sum(parts) == examples
-    assert max(parts) <= most
-    assert (len(parts) - 1) * most < examples
-    assert max(parts) - min(parts) <= 1
-    assert parts == sorted(parts, reverse=True)
+    assert (len(parts) - 1) * most < max(examples)
+    for count, sizes in zip(examples, zip(*parts, strict=True), strict=True):
+        assert sum(sizes) == count
+        assert max(sizes) <= most
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes == tuple(sorted(sizes, reverse=True))
 
 
 @hypothesis.given(st.lists(st.integers(1, 300), min_size=1), st.integers(1, 99))
@@ -52,11 +56,11 @@ def test_auto_halves_until_it_fits(batches, limit):
     size, failed = MicroBatchSize("auto"), []
     assert size.size == "auto"
     for examples in batches:
-        while (parts := size.parts_of(examples))[0] > limit:
-            assert parts[0] < min(failed, default=parts[0] + 1)
-            failed.append(parts[0])
-            assert size.halve(parts[0])
-        size.fits(parts[0])
+        while (part := size.parts_of([examples])[0][0]) > limit:
+            assert part < min(failed, default=part + 1)
+            failed.append(part)
+            assert size.halve(part)
+        size.fits(part)
         assert size.size <= limit
     assert 2 * len(failed) <= 2 * int(np.ceil(np.log2(max(batches)))) + 2
     if failed:
@@ -426,9 +430,9 @@ def test_auto_under_xla(monkeypatch):
     """Where the third micro-batch fails, two others are taken back."""
     real = attempts.engine().cut
 
-    def short_of_memory(batch, sizes):
-        for i, micro_batch in enumerate(real(batch, sizes)):
-            if sizes[0] > 2 and i == min(2, len(sizes) - 1):
+    def short_of_memory(batch, sizes, model):
+        for i, micro_batch in enumerate(real(batch, sizes, model)):
+            if sizes[0][0] > 2 and i == min(2, len(sizes) - 1):
                 raise tf.errors.ResourceExhaustedError(None, None, "no more")
             yield micro_batch
 

@@ -12,23 +12,33 @@ from kaccum.tensorflow.arithmetic import (
     is_reachable,
     making_variables_outside,
     new_sum,
-    outside_of_traces,
     positive,
     release,
+    restore,
     take_larger,
     use_full_precision,
     value_of,
     zero_unless,
 )
-from kaccum.tensorflow.batches import cut, examples_in
+from kaccum.tensorflow.batches import cut, examples_in, may_be_empty
 from kaccum.tensorflow.engine import Engine
 from kaccum.tensorflow.memory import is_out_of_memory, out_of_memory
+from kaccum.tensorflow.replicas import (
+    check_devices,
+    outside_of_traces,
+    patches_for_whole_gradients,
+    replicas,
+    replicas_of,
+    scope_of,
+    sum_over_replicas,
+)
 
 __all__ = [
     "Engine",
     "add_weighted",
     "after",
     "all_finite",
+    "check_devices",
     "copy",
     "cut",
     "empty",
@@ -39,11 +49,18 @@ __all__ = [
     "is_out_of_memory",
     "is_reachable",
     "making_variables_outside",
+    "may_be_empty",
     "new_sum",
     "out_of_memory",
     "outside_of_traces",
+    "patches_for_whole_gradients",
     "positive",
     "release",
+    "replicas",
+    "replicas_of",
+    "restore",
+    "scope_of",
+    "sum_over_replicas",
     "take_larger",
     "use_full_precision",
     "value_of",

@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from kaccum.tensorflow.replicas import (
+    handles,
+    in_a_thread,
+    local_values,
+    outside_of_traces,
+    replicas,
+)
+
 
 def new_sum(shape: Any, dtype: str, beside: Any = None) -> tf.Variable:
     """A variable of zeros, also while a function is traced.
 
-    Which variables have gradients is first known inside the trace.
+    Which variables have gradients is first known inside the trace. Each replica
+    has a sum of its own.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
         beside: A variable whose device it shares.
     """
-    device = "" if beside is None else _resource(beside).device
-    return _made_outside(
-        lambda: tf.Variable(tf.zeros(shape, dtype), trainable=False), device
-    )
 
+    def make() -> tf.Variable:
+        return tf.Variable(
+            tf.zeros(shape, dtype),
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )
 
-def _made_outside(make: Callable[[], Any], device: str) -> Any:
-    """Makes a variable outside of the function that is being traced.
-
-    Inside, or in `tf.init_scope`, it would belong to the function and have it
-    traced a second time; a thread of its own is outside.
-    """
-
-    def run() -> Any:
-        with tf.device(device):
-            return make()
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(run).result()
+    is_single = beside is not None and replicas() == 1
+    device = _resource(beside).device if is_single else ""
+    return outside_of_traces(make, device)
 
 
 def value_of(total: tf.Variable) -> tf.Tensor:
-    """What a sum holds."""
+    """What a sum holds, on all replicas where it is not asked by one."""
     return tf.convert_to_tensor(total)
 
 
-def copy(variable: Any) -> tf.Tensor:
-    """What a Keras variable holds now."""
-    return tf.identity(_resource(variable))
+def copy(variable: Any) -> list[tf.Tensor]:
+    """What a Keras variable holds now, on each replica."""
+    return [tf.identity(part) for part in local_values(_resource(variable))]
+
+
+def restore(variable: Any, before: list[tf.Tensor]) -> None:
+    """Makes a Keras variable hold what `copy` returned."""
+    for part, value in zip(local_values(_resource(variable)), before):
+        part.assign(value)
 
 
 def increase(total: tf.Variable, value: Any) -> None:
@@ -69,7 +75,9 @@ def add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
     weight = tf.cast(weight, total.dtype)
     if isinstance(gradient, tf.IndexedSlices):
         values = weight * tf.cast(gradient.values, total.dtype)
-        total.scatter_add(tf.IndexedSlices(values, gradient.indices))
+        tf.raw_ops.ResourceScatterAdd(
+            resource=total.handle, indices=gradient.indices, updates=values
+        )
     else:
         tf.raw_ops.ResourceApplyGradientDescent(
             var=total.handle,
@@ -91,7 +99,8 @@ def release(total: tf.Variable) -> None:
 def _assign(total: tf.Variable, value: tf.Tensor) -> None:
     # `Variable.assign` insists on the shape. A variable's handle outlives its
     # value, so what was compiled with an emptied sum stays valid.
-    tf.raw_ops.AssignVariableOp(resource=total.handle, value=value)
+    for handle in handles(total):
+        tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
 
 def _resource(variable: Any) -> Any:
@@ -104,11 +113,6 @@ def is_eager() -> bool:
     return tf.executing_eagerly()
 
 
-def outside_of_traces() -> AbstractContextManager[None]:
-    """A context in which variables can be made for good."""
-    return tf.init_scope()
-
-
 @contextlib.contextmanager
 def making_variables_outside() -> Iterator[None]:
     """Has variables that are made in a trace be made outside of it.
@@ -116,17 +120,20 @@ def making_variables_outside() -> Iterator[None]:
     They hold their first value at once, and the function, which does not own
     them, need not be traced a second time.
     """
-    if is_eager():
-        yield
-        return
 
     def make(make_inside: Any, **options: Any) -> tf.Variable:
-        if not callable(options["initial_value"]):
-            # A tensor of the trace.
+        # A tensor is one of the trace.
+        if is_eager() or not callable(options["initial_value"]):
             return make_inside(**options)
+        # For one replica: it is their strategy that asks for each one's.
         with tf.init_scope():
             device = tf.zeros(()).device
-        return _made_outside(functools.partial(tf.Variable, **options), device)
+
+        def run() -> tf.Variable:
+            with tf.device(device):
+                return tf.Variable(**options)
+
+        return in_a_thread(run)
 
     with tf.variable_creator_scope(make):
         yield
@@ -138,9 +145,7 @@ def after(data: Any) -> AbstractContextManager[None]:
     return tf.control_dependencies([t for t in flat if tf.is_tensor(t)])
 
 
-def positive(
-    total: tf.Variable, message: str
-) -> AbstractContextManager[None]:
+def positive(total: Any, message: str) -> AbstractContextManager[None]:
     """A context that is entered only where `total > 0`.
 
     Raises:

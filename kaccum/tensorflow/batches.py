@@ -8,46 +8,92 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kaccum.tensorflow.replicas import local_values, replicas
 
-def examples_in(batch: Any) -> int:
-    """The number of examples in a batch of `fit`.
+
+def examples_in(batch: Any) -> list[int]:
+    """The number of examples of a batch of `fit`, for each replica.
 
     Args:
-        batch: Nested tensors, also ragged or sparse ones. Each has the examples
-            along its first axis.
+        batch: Nested tensors, also ragged or sparse ones, or the replicas' own
+            ones. Each has the examples along its first axis.
 
     Raises:
         ValueError: If they have not.
     """
-    arrays = [leaf for leaf in keras.tree.flatten(batch) if _is_array(leaf)]
-    counts = {_length(array) for array in arrays}
-    count = counts.pop() if len(counts) == 1 else None
-    if count is None:
-        shapes = keras.tree.map_structure(_shape_or_type, batch)
-        raise ValueError(
-            "All arrays of a batch must have the same examples along their "
-            "first axis to be cut into micro-batches. Received: a batch of "
-            f"shapes {shapes}."
-        )
-    return count
+    counts = []
+    for part in _of_each_replica(batch):
+        arrays = [leaf for leaf in keras.tree.flatten(part) if _is_array(leaf)]
+        lengths = {_length(array) for array in arrays}
+        count = lengths.pop() if len(lengths) == 1 else None
+        if count is None:
+            shapes = keras.tree.map_structure(_shape_or_type, part)
+            raise ValueError(
+                "All arrays of a batch must have the same examples along their "
+                "first axis to be cut into micro-batches. Received: a batch of "
+                f"shapes {shapes}."
+            )
+        counts.append(count)
+    return counts
 
 
-def cut(batch: Any, sizes: list[int]) -> Iterator[Any]:
+def cut(
+    batch: Any, sizes: list[list[int]], model: keras.Model
+) -> Iterator[Any]:
     """The micro-batches of a batch, one after the other.
 
     Args:
         batch: As in `examples_in`.
-        sizes: How many examples each of them has.
+        sizes: How many examples each of them has, for each replica.
+        model: What trains on them.
     """
     if len(sizes) == 1:
         yield batch
         return
-    start = 0
-    for size in sizes:
+    starts = [0] * len(sizes[0])
+    for each in sizes:
         yield keras.tree.map_structure(
-            lambda leaf: _slice(leaf, start, size), batch  # noqa: B023
+            lambda leaf: _part_of(leaf, starts, each, model),  # noqa: B023
+            batch,
         )
-        start += size
+        starts = [start + size for start, size in zip(starts, each)]
+
+
+def may_be_empty(data: Any) -> bool:
+    """Whether a replica's batch may have no examples.
+
+    Args:
+        data: What its `train_step` gets.
+    """
+    if replicas() == 1:
+        return False
+    arrays = (leaf for leaf in keras.tree.flatten(data) if _is_array(leaf))
+    return not any(_length(array) for array in arrays)
+
+
+def _of_each_replica(batch: Any) -> list[Any]:
+    def of(replica: int) -> Any:
+        return keras.tree.map_structure(
+            lambda leaf: local_values(leaf)[replica], batch
+        )
+
+    leaves = keras.tree.flatten(batch)
+    return [of(i) for i in range(len(local_values(leaves[0])))]
+
+
+def _part_of(
+    leaf: Any, starts: list[int], sizes: list[int], model: keras.Model
+) -> Any:
+    parts = [
+        _slice(part, start, size)
+        for part, start, size in zip(local_values(leaf), starts, sizes)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    strategy = model.distribute_strategy
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: parts[context.replica_id_in_sync_group]
+    )
 
 
 def _slice(leaf: Any, start: int, size: int) -> Any:
@@ -72,7 +118,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _length(leaf: Any) -> int | None:
     if isinstance(leaf, tf.RaggedTensor):
-        return int(leaf.nrows())
+        return int(leaf.nrows()) if tf.executing_eagerly() else None
     return leaf.shape[0] if len(leaf.shape) else None
 
 

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from kaccum.patches import Patch, patched
+from kaccum.tensorflow.replicas import replicas_of, scope_of
 
 if TYPE_CHECKING:
     from kaccum.step import TrainingStep
@@ -52,6 +53,9 @@ class Engine:
         self._model = model
         self._step = step
         self._plain = model.train_function
+        # An update must know whether a micro-batch was left out, and replicas
+        # must know of each other's.
+        self._updates_apart = step.skips or replicas_of(model) > 1
         self._plain_step = self._make(model.train_step)
         self._steps = {
             closes: self._make(functools.partial(step.run, closes=closes))
@@ -64,11 +68,11 @@ class Engine:
             )
             for is_plain in (False, True)
         }
-        self._applies: dict[int, Callable[[], Any]] = {}
+        self._applies: dict[Any, Callable[[], Any]] = {}
 
     def start(self) -> None:
         """Makes ready for training: all sums are empty."""
-        with self._model.distribute_strategy.scope():
+        with scope_of(self._model):
             self._step.start()
 
     def run(self, iterator: Any, closes: list[bool], *, is_plain: bool) -> Ran:
@@ -85,9 +89,8 @@ class Engine:
         if len(closes) == 1:
             logs, updates = self._run_one(iterator, closes[0], is_plain)
             return Ran(logs, 1, updates)
-        is_dataset = isinstance(
-            iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)
-        )
+        # Under a strategy TensorFlow loses an operand of such loops (2.21).
+        is_dataset = isinstance(iterator, tf.data.Iterator)
         if is_dataset and not self._model.run_eagerly:
             execute = self._execute[is_plain]
             with self._step.in_place():
@@ -134,10 +137,10 @@ class Engine:
     ) -> tuple[Any, int]:
         if is_plain:
             return self._plain(iterator), 1
-        updates_at_once = closes and not self._step.skips
+        updates_at_once = closes and not self._updates_apart
         with self._step.in_place():
             logs = self._steps[updates_at_once](iterator)
-        if closes and self._step.skips:
+        if closes and self._updates_apart:
             return logs, self.update()
         return logs, int(closes)
 
@@ -146,14 +149,14 @@ class Engine:
 
     def _compiled_apply(self) -> Callable[[], Any]:
         # Compiled anew only when another variable got a gradient since.
-        sums = sum(a.number_of_sums for a in self._step.accumulators)
-        if sums not in self._applies:
-            self._applies[sums] = tf.function(
+        version = self._step.version
+        if version not in self._applies:
+            self._applies[version] = tf.function(
                 self._apply,
                 autograph=False,
                 jit_compile=self._model.jit_compile,
             ).get_concrete_function()
-        return self._applies[sums]
+        return self._applies[version]
 
     def _step_in_graph(self, data: Any, closes: Any, is_plain: bool) -> Any:
         """One step, and how many updates it made. Not compiled by XLA.
@@ -166,9 +169,10 @@ class Engine:
 
         if is_plain:
             return run(self._plain_step), 1
-        if self._step.skips:
+        if self._updates_apart:
             logs = run(self._steps[False])
-            closes = closes & ~self._step.is_empty()
+            if self._step.skips:
+                closes = closes & ~self._step.is_empty()
 
             def apply() -> int:
                 self._compiled_apply()()

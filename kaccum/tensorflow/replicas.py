@@ -1,0 +1,156 @@
+"""Several devices at once: the replicas of a `tf.distribute` strategy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kaccum.patches import SharedPatch
+
+_SUPPORTED = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    type(tf.distribute.get_strategy()),
+)
+
+
+def check_devices(model: keras.Model) -> None:
+    """Checks that gradients can be accumulated where a model trains.
+
+    Raises:
+        RuntimeError: If it trains under a strategy that is not supported, or
+            would be compiled by XLA for several replicas.
+    """
+    strategy = model.distribute_strategy
+    name = type(strategy).__name__
+    if type(strategy) not in _SUPPORTED:
+        raise RuntimeError(
+            "The model must train on one device, or under a "
+            "`tf.distribute.MirroredStrategy`, for its gradients to be "
+            f"accumulated. Received: a {name}."
+        )
+    if replicas_of(model) > 1 and model.jit_compile:
+        raise RuntimeError(
+            "XLA compiles for one device only (TensorFlow 2.21). Received: "
+            f"jit_compile=True and a {name} of {replicas_of(model)} replicas. "
+            "Leave `jit_compile` out of `compile`."
+        )
+
+
+def replicas_of(model: keras.Model) -> int:
+    """The number of replicas that a model trains on."""
+    return int(model.distribute_strategy.num_replicas_in_sync)
+
+
+def replicas() -> int:
+    """The number of replicas of the strategy that is at work."""
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def scope_of(model: keras.Model) -> AbstractContextManager[Any]:
+    """A context in which variables are made for all replicas of a model."""
+    scope: AbstractContextManager[Any] = model.distribute_strategy.scope()
+    return scope
+
+
+def outside_of_traces(make: Callable[[], Any], device: str = "") -> Any:
+    """What `make` returns, called where nothing is traced.
+
+    What it makes is for all replicas.
+
+    Args:
+        make: The function to call.
+        device: Where, if there is one replica.
+    """
+    strategy = tf.distribute.get_strategy()
+
+    def run() -> Any:
+        with strategy.scope(), tf.device(device or None):
+            return make()
+
+    return in_a_thread(run)
+
+
+def in_a_thread(run: Callable[[], Any]) -> Any:
+    """What `run` returns, called in a thread of its own.
+
+    Made in a trace, or in `tf.init_scope`, a variable would belong to the
+    function that is traced, and have it traced a second time.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(run).result()
+
+
+def local_values(value: Any) -> tuple[Any, ...]:
+    """A value's parts, one for each replica of this process."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        return tuple(value.values)
+    return (value,)
+
+
+def handles(total: Any) -> list[Any]:
+    """The resources of a variable: this replica's, or else all replicas'."""
+    if tf.distribute.has_strategy() and tf.distribute.get_replica_context():
+        return [total.handle]
+    return [part.handle for part in local_values(total)]
+
+
+def sum_over_replicas(tensors: Sequence[Any]) -> list[Any]:
+    """The tensors, each summed over the replicas, in a single all-reduce.
+
+    To be called by every replica. Two reductions at a time could meet in
+    another order on another replica.
+    """
+    if replicas() == 1:
+        return list(tensors)
+    is_double = any(t.dtype == tf.float64 for t in tensors)
+    dtype = tf.float64 if is_double else tf.float32
+    flat = [tf.reshape(tf.cast(t, dtype), [-1]) for t in tensors]
+    packed = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, tf.concat(flat, axis=0)
+    )
+    parts = tf.split(packed, [tf.size(part) for part in flat])
+    return [
+        tf.cast(tf.reshape(part, tf.shape(t)), t.dtype)
+        for part, t in zip(parts, tensors)
+    ]
+
+
+def patches_for_whole_gradients(
+    optimizers: Sequence[keras.optimizers.Optimizer],
+) -> list[SharedPatch]:
+    """What an optimizer must not do where each replica has the whole gradient.
+
+    Args:
+        optimizers: Those that make an update.
+    """
+    patches = []
+    for optimizer in optimizers:
+        overwrite = functools.partial(_overwrite_with_averages, optimizer)
+        for name, value in (
+            # It would be summed again.
+            ("_all_reduce_sum_gradients", lambda pairs: pairs),
+            # Keras has replicas wait for each other in a conditional, which
+            # TensorFlow refuses (3.15, 2.21).
+            ("_overwrite_model_variables_with_average_value", overwrite),
+        ):
+            patches.append(SharedPatch(optimizer, name, value))
+    return patches
+
+
+def _overwrite_with_averages(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]
+) -> None:
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(variables, averages):
+        if average is not None:
+            for handle in handles(variable.value):
+                tf.raw_ops.AssignVariableOp(
+                    resource=handle, value=tf.convert_to_tensor(average)
+                )
