@@ -8,6 +8,7 @@ digits. Exits with 1 when kaccum's run is not the large-batch run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 
 from kaccum.callback import GradientAccumulationCallback
-from kaccum.tensorflow import use_full_precision
+from kaccum.tensorflow import mirrored, use_full_precision
 
 # Rounding differs between batch sizes and grows with each update; a wrongly
 # weighted update is off by about the learning rate.
@@ -80,27 +81,10 @@ def build_model() -> keras.Model:
     )
 
 
-def train(name: str, options: argparse.Namespace) -> Run:
-    """Trains the network one of the three ways.
-
-    Args:
-        name: `LARGE`, `KACCUM` or `KERAS`.
-        options: The parsed command line.
-    """
-    x, y = load_digits()
+def build_compiled_model(name: str, options: argparse.Namespace) -> keras.Model:
+    """The network with its optimizer, which accumulates for `KERAS`."""
     model = build_model()
     optimizer = keras.optimizers.get(options.optimizer)
-    recorder = _Recorder(name)
-    callbacks: list[keras.callbacks.Callback] = [recorder]
-    batch_size = options.batch_size
-    is_cut = name == KACCUM and options.micro_batch_size is not None
-    if name != LARGE and not is_cut:
-        batch_size //= options.steps
-    if is_cut:
-        size = options.micro_batch_size
-        callbacks.append(GradientAccumulationCallback(micro_batch_size=size))
-    elif name == KACCUM:
-        callbacks.append(GradientAccumulationCallback(options.steps))
     if name == KERAS and options.steps > 1:
         config = optimizer.get_config()
         config["gradient_accumulation_steps"] = options.steps
@@ -112,6 +96,31 @@ def train(name: str, options: argparse.Namespace) -> Run:
         metrics=["accuracy"],
         jit_compile=options.jit,
     )
+    return model
+
+
+def train(name: str, options: argparse.Namespace) -> Run:
+    """Trains the network one of the three ways.
+
+    Args:
+        name: `LARGE`, `KACCUM` or `KERAS`.
+        options: The parsed command line.
+    """
+    x, y = load_digits()
+    recorder = _Recorder(name)
+    callbacks: list[keras.callbacks.Callback] = [recorder]
+    batch_size = options.batch_size
+    is_cut = name == KACCUM and options.micro_batch_size is not None
+    if name != LARGE and not is_cut:
+        batch_size //= options.steps
+    if is_cut:
+        size = options.micro_batch_size
+        callbacks.append(GradientAccumulationCallback(micro_batch_size=size))
+    elif name == KACCUM:
+        callbacks.append(GradientAccumulationCallback(options.steps))
+    is_mirrored = name == KACCUM and options.replicas > 1
+    with options.strategy.scope() if is_mirrored else contextlib.nullcontext():
+        model = build_compiled_model(name, options)
     # The same order of examples in all three.
     keras.utils.set_random_seed(1)
     history = model.fit(
@@ -122,7 +131,7 @@ def train(name: str, options: argparse.Namespace) -> Run:
         callbacks=callbacks,
         verbose=0,
     ).history
-    updates = int(optimizer.iterations)
+    updates = int(model.optimizer.iterations.numpy())
     return Run(updates, history, recorder.weights, recorder.seconds)
 
 
@@ -201,16 +210,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="have kaccum cut the large batch into micro-batches of at most "
         "SIZE examples, or 'auto', instead of adding up --steps of them",
     )
+    add(
+        "--replicas",
+        type=int,
+        default=1,
+        help="train kaccum's run under a MirroredStrategy of so many GPUs, or "
+        "parts of the processor",
+    )
     add("--epochs", type=int, default=6)
     add("--optimizer", default="adam", help="a name in keras.optimizers")
     add("--jit", action="store_true", help="compile with XLA")
     add("--plot", metavar="FILE", help="draw the comparison into FILE")
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "steps", "epochs"):
+    for name in ("batch_size", "steps", "epochs", "replicas"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be >= 1")
     if options.batch_size % options.steps:
         parser.error("--batch-size must be a multiple of --steps")
+    if options.batch_size // options.steps % options.replicas:
+        parser.error("--replicas must divide a micro-batch")
     return options
 
 
@@ -228,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if kaccum's run is the large-batch run, 1 if it is not.
     """
     options = parse(arguments)
+    if options.replicas > 1:
+        options.strategy = mirrored(options.replicas)
     device = use_full_precision()
     print(
         f"device: {device}; Keras {keras.__version__}; "
@@ -237,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.micro_batch_size is not None:
         print(f"kaccum: micro_batch_size={options.micro_batch_size!r}")
+    if options.replicas > 1:
+        print(f"kaccum: on {options.replicas} replicas")
     runs = {name: train(name, options) for name in (LARGE, KACCUM, KERAS)}
     print(table(runs))
     if options.plot:

@@ -29,6 +29,11 @@ class GradientAccumulator:
     The sums are float32 where gradients are half precision. Repeated rows of a
     `tf.IndexedSlices` add up.
 
+    Under a `tf.distribute.MirroredStrategy`, make it in the strategy's scope,
+    and call `add` and `apply` in `strategy.run`: each replica adds its own
+    micro-batch with its own weight, not divided by the number of replicas, and
+    `apply` adds up the replicas' sums in one all-reduce.
+
     Args:
         optimizer: The `keras.optimizers.Optimizer` that makes the updates.
         apply: Function of `(gradients, variables)` that makes an update.
@@ -123,6 +128,8 @@ class GradientAccumulator:
             ValueError: If there are more or fewer gradients than variables, the
                 optimizer does not know a variable, or a `weight` of `None`
                 follows another.
+            RuntimeError: If a variable is to be overwritten by its gradient (a
+                scale of float8), under a strategy of several replicas.
         """
         gradients, variables = list(gradients), list(variables)
         self._check(gradients, variables, weight)
@@ -144,6 +151,7 @@ class GradientAccumulator:
             in_window.add(id(variable))
             total = self._sum_of(variable, gradient.dtype)
             if _is_overwritten(variable):
+                _check_replicas(variable, self._engine.replicas())
                 self._engine.take_larger(total, gradient)
             else:
                 self._engine.add_weighted(total, gradient, weight)
@@ -303,6 +311,15 @@ def _build(
     with keras.name_scope(optimizer.name):
         optimizer.build(variables)
     optimizer.built = True
+
+
+def _check_replicas(variable: Any, replicas: int) -> None:
+    if replicas > 1:
+        raise RuntimeError(
+            "Variables that are overwritten by their gradients must be on one "
+            f"device to be accumulated. Received: {variable.path!r}, on "
+            f"{replicas} replicas."
+        )
 
 
 def _is_overwritten(variable: Any) -> bool:

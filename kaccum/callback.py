@@ -28,17 +28,21 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     and an epoch's last window may be shorter; it is scaled by its own size.
     With `micro_batch_size`, each batch is a window, which is cut.
 
+    Under a `tf.distribute.MirroredStrategy` it is the large batch of a single
+    device, too: sums stay on their replica and are added up once an update.
+
     Args:
         steps: How many batches make one update: int >= 1; a dict of them by
             first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
             from 0 on) that returns one. 1 is a plain fit.
         micro_batch_size: How many examples a micro-batch has at most: int >= 1,
             or "auto". A batch is cut into as few micro-batches as that needs,
-            as equal as possible. "auto" starts with the whole batch; when
-            memory runs out it takes back all that the attempt changed in Keras
-            variables, halves the size and trains on the same batch again. It
-            keeps the size for the rest of this fit, and for the next ones of
-            the same model, and prints it.
+            as equal as possible; each replica of a strategy cuts its own part.
+            "auto" starts with the whole batch; when memory runs out it takes
+            back all that the attempt changed in Keras variables, halves the
+            size and trains on the same batch again. It keeps the size for the
+            rest of this fit, and for the next ones of the same model, and
+            prints it.
         skip_nonfinite: Whether to leave a micro-batch with a NaN or infinite
             gradient out of its window, as if it had never come: its gradient,
             its metrics, and all else that the step assigned (Keras variables,
@@ -61,10 +65,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             `steps` returns less than 1. In the first step: if some losses are
             means and others sums.
         RuntimeError: When `fit` starts: if another callback accumulates
-            already, Keras runs on another backend than TensorFlow, or a
-            `tf.distribute` strategy has several replicas. In the first step:
-            if the model's `train_step` never applies gradients, or applies
-            some by another optimizer.
+            already, Keras runs on another backend than TensorFlow, the model's
+            `tf.distribute` strategy is neither a `MirroredStrategy` nor a
+            `OneDeviceStrategy`, or XLA would compile several replicas. In the
+            first step: if the model's `train_step` never applies gradients, or
+            applies some by another optimizer.
 
     Example:
 

@@ -35,8 +35,8 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
         ValueError: If it is below 1, the model is not compiled, has no
             optimizer, or one with `gradient_accumulation_steps`.
         RuntimeError: If the model accumulates already or fits inside the
-            block, Keras runs on another backend than TensorFlow, or a
-            `tf.distribute` strategy has several replicas. In the first step as
+            block, Keras runs on another backend than TensorFlow, or the model's
+            `tf.distribute` strategy is not supported. In the first step as
             `GradientAccumulationCallback`.
 
     Example:

@@ -132,14 +132,14 @@ def _reduce_and_report(
     reduction: str | None = "sum_over_batch_size",
     dtype: Any = None,
 ) -> Any:
-    if _is_undivided() and tuple(values.shape) == (0,):
-        # Keras leaves a loss of no examples unreduced (Keras 3.15).
-        values = ops.sum(values)
     denominators = getattr(_listening, "denominators", None)
     if denominators is not None and _listening.depth == 1:
         denominators.append(
             _denominator(values, sample_weight, mask, reduction)
         )
+    if _is_undivided() and tuple(values.shape) == (0,):
+        # Keras leaves a loss of no examples unreduced (Keras 3.15).
+        return ops.sum(values)
     return _reduce_weighted_values(
         values,
         sample_weight=sample_weight,

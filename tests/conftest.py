@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kaccum import weights
 from kaccum.session import Session
+from tests.reference import split_the_processor
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -19,11 +20,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# Devices for the replicas of a strategy, where there are no GPUs.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 3,
-)
+# Before anything is computed.
+split_the_processor()
 
 
 def pytest_addoption(parser):

@@ -1,9 +1,22 @@
 """Prints the largest relative differences to the large-batch fit.
 
     python -m tests.differences
+    python -m tests.differences --replicas 2
+
+With replicas of a `tf.distribute.MirroredStrategy`, beside those of plain Keras
+under the same strategy, at the large batch. The truth is one device.
 """
 
-from tests.reference import Problem, differences, fit_large, fit_micro
+import argparse
+import dataclasses
+
+from tests.reference import (
+    Problem,
+    differences,
+    fit_large,
+    fit_micro,
+    split_the_processor,
+)
 from tests.strategies import KINDS, OPTIMIZERS, OPTIONS
 
 
@@ -35,8 +48,46 @@ def cases():
         yield policy, Problem(policy=policy, optimizer="SGD")
 
 
+def cases_of(replicas):
+    """With a last batch that leaves all replicas but one without examples."""
+    even = {"replicas": replicas, "micro_batch": 2 * replicas}
+    fields = {"examples": 2 * 6 * replicas + 1, **even}
+    yield "all batches divide", Problem(examples=12 * replicas, **even)
+    yield "one example in the last batch", Problem(**fields)
+    for name, problem in cases():
+        if problem.execution != "xla":
+            yield name, dataclasses.replace(problem, **fields)
+
+
+def plain(problem):
+    """Keras under the same strategy, at the large batch."""
+    large = dataclasses.replace(
+        problem, micro_batch=problem.large_batch, steps=1, cut=False
+    )
+    return fit_micro(large, callbacks=[])
+
+
+def weights_off(problem, fit):
+    """The largest difference of a weight, or how it failed."""
+    try:
+        off = differences(fit(problem), fit_large(problem))[0]
+    except Exception as error:
+        return type(error).__name__[:12]
+    return f"{off:.1e}"
+
+
 def main():
     """Prints a line for each case."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replicas", type=int, default=0)
+    replicas = parser.parse_args().replicas
+    if replicas:
+        split_the_processor()
+        print(f"{'weights off by, at 2 epochs':45} {'kaccum':>12} Keras")
+        for name, problem in cases_of(replicas):
+            ours, keras = (weights_off(problem, f) for f in (fit_micro, plain))
+            print(f"{name:45} {ours:>12} {keras}", flush=True)
+        return
     print(f"{'case':45} {'weights':>9} {'state':>9} {'history':>9}")
     for name, problem in cases():
         found = differences(fit_micro(problem), fit_large(problem))

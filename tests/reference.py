@@ -132,24 +132,46 @@ def build_optimizer(problem):
     return optimizer
 
 
-@functools.cache
-def strategy_of(replicas):
-    """One for each number of replicas, on as many GPUs if there are."""
-    kind = "GPU" if len(tf.config.list_logical_devices("GPU")) > 2 else "CPU"
+def split_the_processor():
+    """Makes devices for the replicas, where there are no GPUs."""
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 3,
+    )
+
+
+def strategy_of(replicas, first=1):
+    """Where a problem is trained, on GPUs if there are as many.
+
+    Args:
+        replicas: As in `Problem`.
+        first: The number of the device of a single replica.
+    """
     if replicas == 0:
         return tf.distribute.get_strategy()
     if replicas == 1:
-        return tf.distribute.OneDeviceStrategy(f"{kind}:1")
+        return tf.distribute.OneDeviceStrategy(f"{_kind()}:{first}")
+    return _mirrored(replicas)
+
+
+@functools.cache
+def _mirrored(replicas):
     # Two strategies' collectives would meet each other (TensorFlow 2.21).
     ops = tf.distribute.ReductionToOneDevice() if replicas == 3 else None
     return tf.distribute.MirroredStrategy(
-        [f"{kind}:{i}" for i in range(replicas)], cross_device_ops=ops
+        [f"{_kind()}:{i}" for i in range(replicas)], cross_device_ops=ops
     )
+
+
+def _kind():
+    return "GPU" if len(tf.config.list_logical_devices("GPU")) > 2 else "CPU"
 
 
 def build_model(problem, optimizer=None):
     """The compiled model of a problem, always with the same weights."""
-    with strategy_of(problem.replicas).scope():
+    # XLA compiles for the first device of a kind only (TensorFlow 2.21).
+    first = 0 if problem.execution == "xla" else 1
+    with strategy_of(problem.replicas, first).scope():
         return _build_model(problem, optimizer)
 
 

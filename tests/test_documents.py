@@ -5,6 +5,8 @@ import inspect
 import io
 import pathlib
 import re
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -75,6 +77,14 @@ def test_the_main_job_cuts_large_batches(size, capsys):
     assert ("fit in memory" in printed) == (size == "auto")
 
 
+def test_the_main_job_has_replicas():
+    """`--replicas`, where a program has made no strategy yet."""
+    command = [sys.executable, "-m", "kaccum", "--epochs", "1", "--replicas"]
+    done = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert "kaccum: on 2 replicas" in done.stdout
+    assert "kaccum's run is the large-batch run" in done.stdout
+
+
 def test_the_main_job_finds_another_run(monkeypatch, capsys):
     """`python -m kaccum` exits with 1 where the runs differ."""
     monkeypatch.setattr(
@@ -93,8 +103,9 @@ def test_the_main_job_finds_another_run(monkeypatch, capsys):
         (["--micro-batch-size", "0"], "--micro-batch-size: invalid"),
         (["--micro-batch-size", "Auto"], "--micro-batch-size: invalid"),
         (["--steps", "3"], "--batch-size must be a multiple of --steps"),
+        (["--replicas", "3"], "--replicas must divide a micro-batch"),
     ],
-    ids=["none", "no-size", "not-auto", "indivisible"],
+    ids=["none", "no-size", "not-auto", "indivisible", "replicas"],
 )
 def test_the_main_job_checks_its_options(arguments, message, capsys):
     """A bad option is named."""

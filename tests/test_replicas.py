@@ -1,4 +1,4 @@
-"""The laws under `tf.distribute`: the truth is the large batch on one device."""
+"""The laws under `tf.distribute`: the truth is one device's large batch."""
 
 import dataclasses
 import subprocess
@@ -70,27 +70,42 @@ def assert_replicas_agree(model):
 )
 def test_replicas_train_as_one_device(problem, replicas, is_eager):
     """Law 1, for whole problems drawn at random."""
-    batch = problem.batch * replicas
+    examples = max(problem.examples, problem.batch * replicas)
+    if problem.validation:
+        # Keras's own evaluation is that of a single device only if the replicas
+        # divide its first batch, and for means over examples.
+        examples += -examples % replicas
     problem = dataclasses.replace(
         problem,
         replicas=replicas,
         micro_batch=problem.micro_batch * replicas,
-        examples=max(problem.examples, batch),
-        # Keras's own evaluation fails where a replica has nothing.
-        execution="eager" if is_eager and not problem.validation else "graph",
+        examples=examples,
+        kind="mean" if problem.validation else problem.kind,
+        execution="eager" if is_eager else "graph",
     )
     check(problem)
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["steps", "cut"])
 @pytest.mark.parametrize("replicas", MIRRORED)
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("examples", [19, 24, 25])
+def test_any_number_of_examples(examples, execution, replicas, cut):
+    """Law 1: some that replicas divide, some that leave one without any."""
+    problem = problem_of(
+        replicas, examples=examples, execution=execution, cut=cut
+    )
+    micro = fit_micro(problem)
+    assert_same(problem, micro, fit_large(problem))
+    assert_replicas_agree(micro.model)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cut"), [(2, False), (3, True)], ids=["2-steps", "3-cut"]
+)
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"examples": 19},
-        {"examples": 24},
-        {"execution": "eager"},
         {"kind": "mask", "regularizer": "l2", "seed": 1},
         {"kind": "sample_weight"},
         {"kind": "class_weight"},
@@ -98,6 +113,8 @@ def test_replicas_train_as_one_device(problem, replicas, is_eager):
         {"kind": "mask_mean_with_sample_weight", "token_weights": True},
         {"kind": "mean_with_sample_weight"},
         {"kind": "sum", "regularizer": "l2"},
+        {"kind": "sum", "execution": "eager"},
+        {"kind": "mask", "execution": "eager", "seed": 1},
         {"kind": "sum_of_tokens"},
         {"regularizer": "l1"},
         {"constraint": "max_norm"},
@@ -116,7 +133,7 @@ def test_replicas_train_as_one_device(problem, replicas, is_eager):
         {"steps_per_execution": 2},
         {"steps_per_execution": 5, "unknown_length": True},
         {"unknown_length": True},
-        {"validation": True},
+        {"validation": True, "examples": 30},
         {"policy": "float64"},
         {"policy": "bfloat16", "optimizer": "SGD"},
         {"policy": "mixed_float16", "optimizer": "SGD", "loss_scale": 256.0},
@@ -153,6 +170,30 @@ def test_a_strategy_of_one_device(execution, cut):
     check(Problem(execution=execution, cut=cut, replicas=1))
 
 
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("cut", [False, True], ids=["steps", "cut"])
+def test_a_replica_without_examples_does_nothing(cut, execution):
+    """Its statistics would be those of nothing: NaN, as in Keras's own fit."""
+    problem = problem_of(2, cut=cut)
+    x, y, _ = data(problem)
+
+    def fitted(callbacks):
+        with strategy_of(2).scope():
+            layers = [keras.Input((4,)), keras.layers.BatchNormalization()]
+            model = keras.Sequential([*layers, keras.layers.Dense(3)])
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile("adam", loss, run_eagerly=execution == "eager")
+        options = {"verbose": 0, "callbacks": callbacks}
+        history = model.fit(x, y, problem.batch, **options).history
+        state = [*model.variables, *model.optimizer.variables]
+        values = [a for v in state for a in local_values(v)]
+        return all(np.all(np.isfinite(a)) for a in [*values, history["loss"]])
+
+    assert fitted([problem.callback])
+    if execution == "graph":
+        assert not fitted([])
+
+
 def test_several_outputs():
     """Each output's log is right, too, where the denominators are."""
     x, y, _ = data(Problem(examples=20))
@@ -170,7 +211,7 @@ def test_several_outputs():
         history = model.fit(
             x,
             [y, y],
-            batch_size=5 if replicas else 10,
+            batch_size=6 if replicas else 12,
             epochs=2,
             shuffle=False,
             verbose=0,
@@ -263,9 +304,9 @@ def reductions(monkeypatch):
         with counting(tensor.shape):
             return real[0](tf.identity(tensor), *args, **kwargs)
 
-    def reduce(self, how, value, *args):
+    def reduce(self, how, value, *args, **kwargs):
         with counting(value.values[0].shape):
-            return real[1](self, how, value, *args)
+            return real[1](self, how, value, *args, **kwargs)
 
     monkeypatch.setattr(collective_ops, "all_reduce_v2", all_reduce)
     monkeypatch.setattr(to_one, "reduce_implementation", reduce)
@@ -283,13 +324,16 @@ def test_one_all_reduce_an_update(reductions, replicas, window, cut):
     problem = dataclasses.replace(problem, cut=cut, replicas=replicas)
     seen = []
     look = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: seen.append(len(reductions))
+        # What an epoch needs once is not counted.
+        on_train_batch_begin=lambda batch, logs: batch or reductions.clear(),
+        on_train_batch_end=lambda batch, logs: seen.append(len(reductions)),
     )
     result = fit_micro(problem, callbacks=[problem.callback, look])
     each = 1 if cut else window
     updates = [(i + 1) // each for i in range(len(seen))]
     # A collective is run by each replica.
-    assert seen == [count * (replicas if replicas == 2 else 1) for count in updates]
+    runs = 2 if replicas == 2 else 1
+    assert seen == [runs * count for count in updates]
     weights = sum(int(np.prod(w.shape)) for w in result.model.weights)
     # Two numbers of the window, and three for the one that is logged.
     assert set(reductions[: seen[-1]]) == {weights + 2 + 3}
@@ -301,21 +345,16 @@ def test_plain_keras_reduces_at_each_batch(reductions):
     assert len(reductions) >= 2 * 4
 
 
-def test_reductions_are_counted(reductions):
+@pytest.mark.parametrize(("replicas", "count"), [(2, 2), (3, 1)])
+def test_reductions_are_counted(reductions, replicas, count):
     """Of both kinds, wherever they come from."""
-    for replicas, count in ((2, 2), (3, 1)):
-        reductions.clear()
+    strategy = strategy_of(replicas)
 
-        @tf.function
-        def reduce():
-            def run():
-                context = tf.distribute.get_replica_context()
-                return context.all_reduce("SUM", tf.ones(5))
+    def run():
+        return tf.distribute.get_replica_context().all_reduce("SUM", tf.ones(5))
 
-            return strategy_of(replicas).run(run)  # noqa: B023
-
-        reduce()
-        assert reductions == [5] * count
+    tf.function(lambda: strategy.run(run))()
+    assert reductions == [5] * count
 
 
 def test_each_replica_has_its_own_sums():
@@ -370,7 +409,8 @@ def test_an_interrupted_fit_leaves_nothing_behind(error, batch):
     before = model.get_weights()
     model.evaluate(x[:16], y[:16], batch_size=16, verbose=0)
     assert is_equal(before, model.get_weights())
-    twin.optimizer.build(twin.trainable_variables)
+    with strategy_of(2).scope():
+        twin.optimizer.build(twin.trainable_variables)
     for mine, other in zip(
         [*model.variables, *model.optimizer.variables],
         [*twin.variables, *twin.optimizer.variables],
@@ -422,9 +462,11 @@ def test_an_interrupted_run_is_resumed(tmp_path):
 
     fails = keras.callbacks.LambdaCallback(on_epoch_begin=fail)
     backup = str(tmp_path / "backup")
+    model = build_model(problem)
     with pytest.raises(KeyboardInterrupt):
         saves = keras.callbacks.BackupAndRestore(backup)
-        fit_micro(problem, callbacks=[saves, problem.callback, fails])
+        fit_micro(problem, model, [saves, problem.callback, fails])
+    model.make_train_function()
     saves = keras.callbacks.BackupAndRestore(backup)
     resumed = fit_micro(problem, callbacks=[saves, problem.callback])
     whole = fit_micro(problem)
@@ -510,11 +552,13 @@ def test_nothing_is_compiled_twice(cut):
 class Counts(keras.Model):
     """Keeps the number of examples of each micro-batch, replica by replica."""
 
+    seen = []
+
     def train_step(self, data):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
 
         def tell(replica, x):
-            self.seen.append((int(replica), len(x)))
+            Counts.seen.append((int(replica), len(x)))
             return np.float32(0)
 
         with tf.device("CPU:0"):
@@ -545,11 +589,11 @@ def test_the_same_script_on_any_hardware(examples, size, replicas, expected):
         model = Counts(inputs, keras.layers.Dense(3)(inputs))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(0.1), loss)
-    model.seen = seen = []
+    Counts.seen.clear()
     callback = GradientAccumulationCallback(micro_batch_size=size)
     model.fit(x, y, 24, verbose=0, shuffle=False, callbacks=[callback])
     sizes = [
-        [count for replica, count in seen if replica == each]
+        [count for replica, count in Counts.seen if replica == each]
         for each in range(max(replicas, 1))
     ]
     # Of the second batch.
@@ -577,7 +621,8 @@ class Hungry(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group if context else 0
 
         def eat(replica, tensor):
             limit = Hungry.limit
@@ -638,20 +683,31 @@ def test_skip_nonfinite_leaves_out_what_one_replica_saw():
     bad[5] = np.nan  # of replica 0: examples 4 and 5
     model = build_model(problem)
     callback = GradientAccumulationCallback(3, skip_nonfinite=True)
-    history = model.fit(
-        bad, y, 4, verbose=0, shuffle=False, callbacks=[callback]
-    ).history
-    assert history["skipped_micro_batches"] == [1]
-    twin = build_model(problem.alone)
-    keep = np.delete(np.arange(24), [4, 5])
-    batches = [(x[i], y[i]) for i in (keep[:10], keep[10:])]
-    plain = twin.fit(
-        (batch for batch in batches), verbose=0, shuffle=False
-    ).history
-    history.pop("skipped_micro_batches")
-    assert_same(
-        problem, result_of(model, history), result_of(twin, plain)
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(
+            logs["skipped_micro_batches"]
+        )
     )
+    history = model.fit(
+        bad, y, 4, verbose=0, shuffle=False, callbacks=[callback, look]
+    ).history
+    assert seen == [0, 1, 1, 1, 1, 1]
+    assert history.pop("skipped_micro_batches") == [1]
+    twin = build_model(problem.alone)
+    twin.optimizer.build(twin.trainable_variables)
+    keep = np.delete(np.arange(24), [4, 5])
+    parts = [keep[:10], keep[10:]]
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return x[parts[i]], y[parts[i]]
+
+    plain = twin.fit(Batches(), verbose=0, shuffle=False).history
+    assert_same(problem, result_of(model, history), result_of(twin, plain))
 
 
 def test_train_on_batch_accumulates():
@@ -685,10 +741,10 @@ def test_a_loop_of_ones_own(is_compiled):
             losses = keras.losses.sparse_categorical_crossentropy(
                 y, model(x), from_logits=True
             )
-            loss = tf.reduce_sum(losses)
+            size = tf.cast(tf.size(losses), tf.float32)
+            loss = tf.reduce_sum(losses) / size
         variables = model.trainable_variables
-        size = tf.cast(tf.size(losses), tf.float32)
-        gradients = tape.gradient(loss / size, variables)
+        gradients = tape.gradient(loss, variables)
         accumulator.add(gradients, variables, size)
 
     def add(x, y):
@@ -715,6 +771,24 @@ def test_a_loop_of_ones_own(is_compiled):
 
 
 # What does not work is refused.
+
+
+def test_a_gradient_that_is_a_value():
+    """Of float8 scales the largest would have to be found."""
+    with strategy_of(2).scope():
+        scale = keras.Variable(np.ones(()))
+        scale.overwrite_with_gradient = True
+        accumulator = GradientAccumulator(keras.optimizers.SGD())
+
+    def add():
+        accumulator.add([tf.ones(())], [scale], 1.0)
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"^Variables that are overwritten by their gradients must be on "
+        r"one device to be accumulated\. Received: .*, on 2 replicas\.$",
+    ):
+        strategy_of(2).run(add)
 
 
 def refused(model):

@@ -25,6 +25,7 @@ from kaccum.tensorflow.engine import Engine
 from kaccum.tensorflow.memory import is_out_of_memory, out_of_memory
 from kaccum.tensorflow.replicas import (
     check_devices,
+    mirrored,
     outside_of_traces,
     patches_for_whole_gradients,
     replicas,
@@ -50,6 +51,7 @@ __all__ = [
     "is_reachable",
     "making_variables_outside",
     "may_be_empty",
+    "mirrored",
     "new_sum",
     "out_of_memory",
     "outside_of_traces",

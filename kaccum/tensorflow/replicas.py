@@ -43,6 +43,22 @@ def check_devices(model: keras.Model) -> None:
         )
 
 
+def mirrored(count: int) -> tf.distribute.MirroredStrategy:
+    """A strategy of so many GPUs, or else of parts of the processor.
+
+    To be called before anything is computed.
+    """
+    kind = "GPU"
+    if len(tf.config.list_physical_devices(kind)) < count:
+        kind = "CPU"
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices(kind)[0],
+            [tf.config.LogicalDeviceConfiguration()] * count,
+        )
+    devices = [f"{kind}:{i}" for i in range(count)]
+    return tf.distribute.MirroredStrategy(devices)
+
+
 def replicas_of(model: keras.Model) -> int:
     """The number of replicas that a model trains on."""
     return int(model.distribute_strategy.num_replicas_in_sync)
