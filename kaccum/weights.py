@@ -137,9 +137,6 @@ def _reduce_and_report(
         denominators.append(
             _denominator(values, sample_weight, mask, reduction)
         )
-    if _is_undivided() and tuple(values.shape) == (0,):
-        # Keras leaves a loss of no examples unreduced (Keras 3.15).
-        return ops.sum(values)
     return _reduce_weighted_values(
         values,
         sample_weight=sample_weight,
