@@ -156,18 +156,26 @@ class GradientAccumulator:
             else:
                 self._engine.add_weighted(total, gradient, weight)
 
-    @property
-    def parts(self) -> list[Any]:
-        """What the replicas of a strategy have to add up for an update."""
-        totals = [self._weight, self._count, *self._sums.values()]
-        return [self._engine.value_of(total) for total in totals]
+    def take(self, *, releases: bool = False) -> list[Any]:
+        """Takes out what the replicas of a strategy add up for an update.
+
+        Args:
+            releases: Whether the sums lose their memory to what is taken, so
+                that it can be divided in place. XLA must not compile that.
+        """
+        take = self._engine.take if releases else self._engine.value_of
+        numbers = [self._weight, self._count]
+        return [
+            *(self._engine.value_of(number) for number in numbers),
+            *(take(total) for total in self._sums.values()),
+        ]
 
     def apply(self, parts: list[Any] | None = None) -> None:
         """Makes one update of the window's gradient and empties the sums.
 
         Args:
-            parts: `parts`, each summed over all replicas. Defaults to their
-                sums, which are asked for.
+            parts: What `take` returned, each summed over all replicas. Defaults
+                to that.
 
         Raises:
             RuntimeError: If nothing was added since the last update. What is
@@ -177,7 +185,7 @@ class GradientAccumulator:
         if not self._variables:
             raise RuntimeError(_NOTHING_ADDED)
         if parts is None:
-            parts = self._engine.sum_over_replicas(self.parts)
+            parts = self._engine.sum_over_replicas(self.take())
         weight, count, *sums = parts
         with self._engine.positive(count, _NOTHING_ADDED):
             variables = list(self._variables.values())
@@ -191,8 +199,10 @@ class GradientAccumulator:
 
     def reset(self) -> None:
         """Empties the sums: the open window is forgotten."""
-        for total in [self._weight, self._count, *self._sums.values()]:
-            self._engine.empty(total)
+        for number in (self._weight, self._count):
+            self._engine.empty(number)
+        for key, total in self._sums.items():
+            self._engine.empty(total, after=self._variables.get(key))
         if self._engine.is_eager():
             self._in_window.clear()
 

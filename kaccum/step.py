@@ -28,12 +28,10 @@ SKIPPED = "skipped_micro_batches"
 class _Run:
     """What one run (or trace) of a training step knows, on one replica."""
 
-    def __init__(self, data: Any, closes: bool, may_be_left_out: bool) -> None:
+    def __init__(self, data: Any, may_be_left_out: bool) -> None:
         self.data = data
-        self.closes = closes
         self.denominators: list[weights.Denominator] = []
         self.calls = 0
-        self.is_applying = False
         self.is_scaled = False
         self.is_in_loss = False
         # How often each `Mean` metric was given a number.
@@ -110,12 +108,11 @@ class TrainingStep:
         self.reset()
         self.forget_skipped()
 
-    def run(self, data: Any, *, closes: bool) -> Any:
+    def run(self, data: Any) -> Any:
         """Runs the model's `train_step` on a micro-batch.
 
         Args:
             data: What the `train_step` gets.
-            closes: Whether to make the update of its window at once.
 
         Returns:
             What the `train_step` returns.
@@ -125,7 +122,7 @@ class TrainingStep:
         """
         # A replica without examples has done nothing.
         may_be_left_out = self.skips or self._engine.may_be_empty(data)
-        run = _running.run = _Run(data, closes, may_be_left_out)
+        run = _running.run = _Run(data, may_be_left_out)
         try:
             with contextlib.ExitStack() as stack:
                 enter = stack.enter_context
@@ -133,8 +130,6 @@ class TrainingStep:
                 enter(assignments.heard_by(functools.partial(self._hear, run)))
                 enter(means.heard_by(functools.partial(self._on_mean, run)))
                 logs = self._train_step(data)
-            if closes:
-                self._means.reset()
         finally:
             _running.run = None
         if run.calls == 0 and self.model.trainable_variables:
@@ -155,7 +150,9 @@ class TrainingStep:
 
     def apply(self) -> None:
         """Makes the update of the open window, on each replica."""
-        groups = [a.parts for a in self.accumulators] + [self._means.parts]
+        releases = not self.model.jit_compile
+        groups = [a.take(releases=releases) for a in self.accumulators]
+        groups.append(self._means.parts)
         flat = [tensor for group in groups for tensor in group]
         parts = iter(self._engine.sum_over_replicas(flat))
         *groups, means = [[next(parts) for _ in group] for group in groups]
@@ -202,8 +199,7 @@ class TrainingStep:
         return hooks
 
     def _hear(self, run: _Run, variable: Any) -> None:
-        if not run.is_applying:
-            self.state.hear(variable)
+        self.state.hear(variable)
         if run.may_be_left_out:
             run.state.hear(variable)
 
@@ -244,7 +240,7 @@ class TrainingStep:
         self, real: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         run = getattr(_running, "run", None)
-        if run is None or run.is_applying:
+        if run is None:
             return real(*args, **kwargs)
         raise RuntimeError(
             "The model's `train_step` must apply gradients by "
@@ -283,7 +279,7 @@ class TrainingStep:
         self, apply: Callable[..., Any], gradients: Any, variables: Any
     ) -> Any:
         run = getattr(_running, "run", None)
-        if run is None or run.is_applying:
+        if run is None:
             return apply(gradients, variables)
         if variables is None:
             variables = variables_of(self._optimizer)
@@ -300,15 +296,9 @@ class TrainingStep:
             return None
         # With a data set of unknown length, the call that finds it exhausted
         # still runs all that does not depend on the batch (TensorFlow 2.21):
-        # it would count an update.
+        # it would count a micro-batch.
         with self._engine.after(run.data):
             self._add(run, accumulator, gradients, variables)
-            if run.closes:
-                run.is_applying = True
-                try:
-                    accumulator.apply()
-                finally:
-                    run.is_applying = False
         return None
 
     def _add(

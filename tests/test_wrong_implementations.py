@@ -55,7 +55,7 @@ def applies_twice(monkeypatch):
     real = GradientAccumulator.apply
 
     def apply(self, parts=None):
-        weight, count, *sums = self.parts
+        weight, count, *sums = self.take()
         variables = list(self._variables.values())
         self._apply(self._window_gradients(weight, count, sums), variables)
         return real(self, parts)

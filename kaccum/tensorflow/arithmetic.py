@@ -49,6 +49,19 @@ def value_of(total: tf.Variable) -> tf.Tensor:
     return tf.convert_to_tensor(total)
 
 
+def take(total: tf.Variable) -> tf.Tensor:
+    """What a sum holds, whose memory is then no longer the sum's.
+
+    What is computed of it next can be computed in place. Until `empty` the sum
+    must not be used.
+    """
+    value = tf.convert_to_tensor(total)
+    with tf.control_dependencies([value]):
+        taken = release(total)
+    with tf.control_dependencies(taken):
+        return tf.identity(value)
+
+
 def copy(variable: Any) -> list[tf.Tensor]:
     """What a Keras variable holds now, on each replica."""
     return [tf.identity(part) for part in local_values(_resource(variable))]
@@ -86,21 +99,45 @@ def add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
         )
 
 
-def empty(total: tf.Variable) -> None:
-    """Makes a sum zero, also one that was released."""
-    _assign(total, tf.zeros(total.shape, total.dtype))
+def empty(total: tf.Variable, after: Any = None) -> None:
+    """Makes a sum zero, also one that was released.
+
+    Args:
+        total: The sum.
+        after: A variable whose last assignment comes first, so that its update
+            and the zeros do not take memory at the same time.
+    """
+    waits_for = [] if after is None else [tf.convert_to_tensor(after)]
+    with tf.control_dependencies(waits_for):
+        # Zeros that the graph can foresee become a constant of it, which keeps
+        # their memory for good and is copied by the next `add` (2.21).
+        zeros = tf.raw_ops.Empty(
+            shape=total.shape, dtype=total.dtype, init=True
+        )
+    _assign(total, zeros)
 
 
-def release(total: tf.Variable) -> None:
-    """Frees a sum's memory."""
-    _assign(total, tf.zeros([0], total.dtype))
+def release(total: tf.Variable) -> list[tf.Operation]:
+    """Frees a sum's memory.
+
+    Returns:
+        The operations that do, in a graph.
+    """
+    # Whose shape a graph does not know: it would insist on the variable's.
+    nothing = tf.raw_ops.PlaceholderWithDefault(
+        input=tf.zeros([0], total.dtype), shape=tf.TensorShape(None)
+    )
+    return _assign(total, nothing)
 
 
-def _assign(total: tf.Variable, value: tf.Tensor) -> None:
+def _assign(total: tf.Variable, value: tf.Tensor) -> list[tf.Operation]:
     # `Variable.assign` insists on the shape. A variable's handle outlives its
     # value, so what was compiled with an emptied sum stays valid.
-    for handle in handles(total):
+    assigned = [
         tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+        for handle in handles(total)
+    ]
+    return [operation for operation in assigned if operation is not None]
 
 
 def _resource(variable: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,9 +107,21 @@ def _slice(leaf: Any, start: int, size: int) -> Any:
         begin = tf.one_hot(0, len(leaf.shape), start, 0, dtype=tf.int64)
         shape = tf.tensor_scatter_nd_update(shape, [[0]], [size])
         return tf.sparse.slice(leaf, begin, shape)
+    rest = len(leaf.shape) - 1
     # Where it is, else all of it would go to the device that computes.
     with tf.device(leaf.device):
-        return leaf[start : start + size]
+        # Python's slices take the host five times as long (TensorFlow 2.21).
+        return tf.raw_ops.Slice(
+            input=leaf,
+            begin=_constant(start, *[0] * rest),
+            size=_constant(size, *[-1] * rest),
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(*numbers: int) -> tf.Tensor:
+    with tf.device("CPU:0"):
+        return tf.constant(numbers, tf.int64)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The compiled steps: *add*, *update*, and an update by itself.
+"""The compiled steps: *add*, and *update*, which also applies the sums.
 
 Told which step to run, and leaves the counting of micro-batches to others.
 """
@@ -6,6 +6,7 @@ Told which step to run, and leaves the counting of micro-batches to others.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,9 @@ import keras
 import tensorflow as tf
 
 from kaccum.patches import Patch, patched
-from kaccum.tensorflow.replicas import replicas_of, scope_of
+from kaccum.tensorflow.arithmetic import after
+from kaccum.tensorflow.calls import CompiledCall, is_dataset
+from kaccum.tensorflow.replicas import scope_of
 
 if TYPE_CHECKING:
     from kaccum.step import TrainingStep
@@ -37,10 +40,12 @@ class Ran(NamedTuple):
 
 
 class Engine:
-    """Compiled versions of a training step: *add* and *update*.
+    """Compiled versions of a training step.
 
-    Both are made by the model's own `make_train_function`, so they pull data,
-    compile and distribute as the plain one does.
+    The model's own `make_train_function` makes what runs on a batch, so that it
+    compiles and distributes as the plain one does. It is traced once, for *add*
+    and *update* alike. Around it stands a graph that pulls the batch, runs it,
+    and makes the update where a window closes.
 
     Args:
         model: A compiled `keras.Model` whose `train_function` is made.
@@ -53,21 +58,9 @@ class Engine:
         self._model = model
         self._step = step
         self._plain = model.train_function
-        # An update must know whether a micro-batch was left out, and replicas
-        # must know of each other's.
-        self._updates_apart = step.skips or replicas_of(model) > 1
         self._plain_step = self._make(model.train_step)
-        self._steps = {
-            closes: self._make(functools.partial(step.run, closes=closes))
-            for closes in (False, True)
-        }
-        self._execute = {
-            is_plain: tf.function(
-                functools.partial(self._run_in_graph, is_plain=is_plain),
-                autograph=False,
-            )
-            for is_plain in (False, True)
-        }
+        self._add_step = self._make(step.run)
+        self._functions: dict[Any, Callable[..., Any]] = {}
         self._applies: dict[Any, Callable[[], Any]] = {}
 
     def start(self) -> None:
@@ -86,20 +79,25 @@ class Engine:
         Raises:
             StopIteration, tf.errors.OutOfRangeError: If there was no data.
         """
-        if len(closes) == 1:
-            logs, updates = self._run_one(iterator, closes[0], is_plain)
-            return Ran(logs, 1, updates)
+        if is_plain and len(closes) == 1:
+            return Ran(self._plain(iterator), 1, 1)
         # Under a strategy TensorFlow loses an operand of such loops (2.21).
-        is_dataset = isinstance(iterator, tf.data.Iterator)
-        if is_dataset and not self._model.run_eagerly:
-            execute = self._execute[is_plain]
-            with self._step.in_place():
-                logs, ran, updates = execute(iterator, tf.constant(closes))
+        has_loop = len(closes) > 1 and isinstance(iterator, tf.data.Iterator)
+        if has_loop and not self._model.run_eagerly:
+            loop = self._compiled(self._run_many, is_plain=is_plain)
+            logs, ran, updates = loop((iterator, tf.constant(closes)))
             return Ran(logs, int(ran), int(updates))
-        ran = updates = 0
-        for is_last, data in zip(closes, iterator):
-            logs, made = self._run_one(iter([data]), is_last, is_plain)
-            ran, updates = ran + 1, updates + made
+        pulls = is_dataset(iterator)
+        sources = itertools.repeat(iterator) if pulls else iterator
+        logs, ran, updates = None, 0, 0
+        try:
+            for is_last, source in zip(closes, sources):
+                options = {"is_plain": is_plain, "closes": is_last}
+                logs, made = self._compiled(self._run_one, **options)(source)
+                ran, updates = ran + 1, updates + int(made)
+        except tf.errors.OutOfRangeError:
+            if ran == 0 or not pulls:
+                raise
         if ran == 0:
             raise StopIteration
         return Ran(logs, ran, updates)
@@ -112,84 +110,88 @@ class Engine:
         """
         if self._step.skips and bool(self._step.is_empty()):
             return 0
-        if self._model.run_eagerly:
-            self._apply()
-        else:
-            self._compiled_apply()()
+        self._apply()
         return 1
 
     def stop(self) -> None:
-        """Frees the sums' memory."""
+        """Frees the sums' memory, and lets go of the data."""
+        for function in self._functions.values():
+            if isinstance(function, CompiledCall):
+                function.forget()
         self._step.release()
 
     def _make(self, train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """What Keras makes of a `train_step`, for a single batch."""
         model = self._model
         shadow = Patch(model, "train_step", train_step)
         try:
             with patched([shadow]):
                 model.make_train_function(force=True)
-            return model.train_function
+            run = model.train_function
+            return lambda data: run(iter([data]))
         finally:
             model.train_function = self._plain
 
-    def _run_one(
-        self, iterator: Any, closes: bool, is_plain: bool
-    ) -> tuple[Any, int]:
-        if is_plain:
-            return self._plain(iterator), 1
-        updates_at_once = closes and not self._updates_apart
-        with self._step.in_place():
-            logs = self._steps[updates_at_once](iterator)
-        if closes and self._updates_apart:
-            return logs, self.update()
-        return logs, int(closes)
+    def _compiled(
+        self, function: Callable[..., Any], **options: Any
+    ) -> Callable[..., Any]:
+        """A function of this class, its options known beforehand."""
+        # What may apply the sums is compiled anew when there are others.
+        version = self._step.version if options.get("closes", True) else None
+        key = (function.__name__, *options.values(), version)
+        if key not in self._functions:
+            run = functools.partial(function, **options)
+            is_eager = self._model.run_eagerly
+            self._functions[key] = run if is_eager else CompiledCall(run)
+        return self._functions[key]
 
     def _apply(self) -> None:
-        self._model.distribute_strategy.run(self._step.apply)
-
-    def _compiled_apply(self) -> Callable[[], Any]:
-        # Compiled anew only when another variable got a gradient since.
+        """Makes the update, compiled as the model is."""
+        run = functools.partial(
+            self._model.distribute_strategy.run, self._step.apply
+        )
+        if self._model.run_eagerly:
+            return run()
         version = self._step.version
         if version not in self._applies:
             self._applies[version] = tf.function(
-                self._apply,
-                autograph=False,
-                jit_compile=self._model.jit_compile,
+                run, autograph=False, jit_compile=self._model.jit_compile
             ).get_concrete_function()
-        return self._applies[version]
+        return self._applies[version]()
 
-    def _step_in_graph(self, data: Any, closes: Any, is_plain: bool) -> Any:
-        """One step, and how many updates it made. Not compiled by XLA.
+    def _run_one(
+        self, source: Any, *, is_plain: bool, closes: Any
+    ) -> tuple[Any, Any]:
+        """One step on a batch, or the next one, and how many updates it made.
 
-        The conditionals stand outside of the compiled steps.
+        Not compiled by XLA: the conditional stands outside of what is.
         """
-
-        def run(step: Callable[[Any], Any]) -> Any:
-            return step(iter([data]))
-
+        data = source.get_next() if is_dataset(source) else source
         if is_plain:
-            return run(self._plain_step), 1
-        if self._updates_apart:
-            logs = run(self._steps[False])
-            if self._step.skips:
-                closes = closes & ~self._step.is_empty()
+            return self._plain_step(data), 1
+        # Around all replicas, which are threads.
+        with self._step.in_place():
+            logs = self._add_step(data)
+        if closes is False:
+            return logs, 0
+        if self._step.skips:
+            closes = tf.logical_and(closes, ~self._step.is_empty())
 
-            def apply() -> int:
-                self._compiled_apply()()
-                return 1
+        def apply() -> Any:
+            # Found exhausted, a data set runs what does not depend on it.
+            with after(data):
+                self._apply()
+            return 1
 
-            return logs, tf.cond(closes, apply, lambda: 0)
-        logs = tf.cond(
-            closes,
-            lambda: run(self._steps[True]),
-            lambda: run(self._steps[False]),
-        )
-        return logs, tf.cast(closes, tf.int32)
+        if closes is True:
+            return logs, apply()
+        return logs, tf.cond(closes, apply, lambda: 0)
 
-    def _run_in_graph(
-        self, iterator: Any, closes: Any, *, is_plain: bool
+    def _run_many(
+        self, iterator_and_closes: Any, *, is_plain: bool
     ) -> tuple[Any, Any, Any]:
         """`run` as one graph, for `steps_per_execution` above one."""
+        iterator, closes = iterator_and_closes
         count = tf.size(closes)
 
         def following(i: Any, current: Any) -> Any:
@@ -201,13 +203,13 @@ class Engine:
             return tf.logical_and(i < count, batch.has_value())
 
         def body(i: Any, updates: Any, logs: Any, batch: Any) -> Any:
-            logs, made = self._step_in_graph(
-                batch.get_value(), closes[i], is_plain
+            logs, made = self._run_one(
+                batch.get_value(), is_plain=is_plain, closes=closes[i]
             )
             return i + 1, updates + made, logs, following(i + 1, batch)
 
-        logs, updates = self._step_in_graph(
-            iterator.get_next(), closes[0], is_plain
+        logs, updates = self._run_one(
+            iterator, is_plain=is_plain, closes=closes[0]
         )
         batch = iterator.get_next_as_optional()
         ran, updates, logs, _ = tf.while_loop(
