@@ -1,0 +1,196 @@
+"""Times the ways to train on large batches, in turn, in one process.
+
+Prints the milliseconds of a micro-batch and how they compare, writes them as
+CSV, and draws them. With `--check` exits with 1 where a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.networks import NETWORKS
+from benchmarks.ways import (
+    BARE,
+    CUT,
+    KERAS,
+    PLAIN,
+    STEPS,
+    WAYS,
+    Way,
+    in_turn,
+    ratio,
+)
+
+#: Per micro-batch, window of 8, for both ways of kaccum: at most so many times
+#: a plain fit, Keras's own, and the bare loop.
+TARGETS = {
+    ("perceptron", True): (0.70, 0.52, 1.05),
+    ("perceptron", False): (0.58, 0.75, 1.10),
+    ("convolutional", True): (1.00, 0.92, 1.10),
+    ("convolutional", False): (1.00, 0.95, 1.15),
+    ("200 variables", False): (0.75, 0.75, 1.05),
+    ("tiny, 32 an execution", False): (1.15, None, None),
+}
+
+
+class Row(NamedTuple):
+    """A case: how long a micro-batch takes, and how it compares.
+
+    Args:
+        milliseconds: Median over the rounds.
+        to_plain: Median of pairwise ratios to the plain fit with micro-batches.
+        to_keras: The same to Keras's own accumulation.
+        to_bare: The same to the loop by hand.
+        first_update: Seconds to the first update, with all that is compiled.
+        traces: How often the training step was traced until then.
+        later_traces: How often after that, in all further fits.
+    """
+
+    network: str
+    xla: bool
+    window: int
+    way: str
+    milliseconds: float
+    to_plain: float
+    to_keras: float
+    to_bare: float
+    first_update: float
+    traces: int
+    later_traces: int
+
+
+def measure(
+    name: str, is_xla: bool, windows: Sequence[int], rounds: int
+) -> Iterator[Row]:
+    """Measures a network, window after window."""
+    network = NETWORKS[name]
+    ways: list[Way] = []
+    firsts: dict[str, Any] = {}
+    for window in windows:
+        ways = [way.of(window) for way in ways] or [
+            Way(each, network, is_xla=is_xla, window=window) for each in WAYS
+        ]
+        for way in ways:
+            if way.is_new:
+                firsts[way.name] = way.first_update()
+            way.run()
+        seconds = in_turn(ways, rounds)
+        for way in ways:
+            mine, first = seconds[way.name], firsts[way.name]
+            yield Row(
+                network=name,
+                xla=is_xla,
+                window=window,
+                way=way.name,
+                milliseconds=1e3 * np.median(mine) / network.micro_batches,
+                to_plain=ratio(mine, seconds[PLAIN]),
+                to_keras=ratio(mine, seconds[KERAS]),
+                to_bare=ratio(mine, seconds[BARE]),
+                first_update=first.all_seconds,
+                traces=first.traces,
+                later_traces=way.traces - first.traces,
+            )
+
+
+def missed(row: Row) -> list[str]:
+    """The targets that a row of kaccum's misses."""
+    if row.way not in (STEPS, CUT) or row.window != 8:
+        return []
+    targets = TARGETS.get((row.network, row.xla), (None,) * 3)
+    found = (row.to_plain, row.to_keras, row.to_bare)
+    return [
+        f"{row.network}, {'' if row.xla else 'no '}XLA, {row.way}: "
+        f"{value:.2f} of {other}, target {target:.2f}"
+        for value, target, other in zip(found, targets, (PLAIN, KERAS, BARE))
+        if target is not None and value > target
+    ]
+
+
+def line(row: Row) -> str:
+    """A row of the printed table."""
+    return (
+        f"{row.network:22} {'XLA' if row.xla else '':4} {row.window:6} "
+        f"{row.way:17} {row.milliseconds:8.2f} {row.to_plain:6.2f} "
+        f"{row.to_keras:6.2f} {row.to_bare:6.2f} {row.first_update:7.2f} "
+        f"{row.traces:3} +{row.later_traces}"
+    )
+
+
+HEAD = (
+    f"{'network':22} {'':4} {'window':>6} {'way':17} {'ms/micro':>8} "
+    f"{'/plain':>6} {'/Keras':>6} {'/bare':>6} {'first s':>7} traces"
+)
+
+
+def plot(rows: list[Row], path: str) -> None:
+    """Draws milliseconds against the window into `path`."""
+    networks = list(dict.fromkeys(row.network for row in rows))
+    kinds = list(dict.fromkeys(row.xla for row in rows))
+    figure, grid = report.panels(len(kinds), len(networks))
+    for axes, (is_xla, name) in zip(
+        grid.flat, [(k, n) for k in kinds for n in networks]
+    ):
+        for way in WAYS:
+            mine = [
+                (row.window, row.milliseconds)
+                for row in rows
+                if (row.network, row.xla, row.way) == (name, is_xla, way)
+            ]
+            axes.plot(*zip(*mine), label=way, **report.STYLES[way])
+        windows = sorted({row.window for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(windows, [str(w) for w in windows])
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"{name}, {'' if is_xla else 'no '}XLA")
+    report.label(
+        grid, "micro-batches in a window", "time of a micro-batch (ms)"
+    )
+    report.save(figure, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark.
+
+    Returns:
+        0; with `--check`, 1 if a target is missed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a window of 8, without XLA")
+    add("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    add("--rounds", type=int, default=7)
+    add("--check", action="store_true", help="fail where a target is missed")
+    add("--csv", metavar="FILE", help="write the rows into FILE")
+    add("--plot", metavar="FILE", help="draw the rows into FILE")
+    options = parser.parse_args(arguments)
+    print(report.machine())
+    print(HEAD)
+    rows: list[Row] = []
+    for name in options.networks:
+        for is_xla in (False,) if options.quick else (False, True):
+            # What is compiled first is measured at a window of 8.
+            windows = (8,) if options.quick else (8, 2, 32)
+            for row in measure(name, is_xla, windows, options.rounds):
+                rows.append(row)
+                print(line(row), flush=True)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
+    if options.plot:
+        plot(rows, options.plot)
+    all_missed = [text for row in rows for text in missed(row)]
+    print("\n".join(["targets missed:", *(all_missed or ["none"])]))
+    return 1 if all_missed and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

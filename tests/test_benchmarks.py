@@ -1,0 +1,93 @@
+"""The benchmarks run, and say when a target is missed."""
+
+import csv
+
+import pytest
+
+from benchmarks import growth, memory, speed
+from benchmarks.networks import Network, many_variables, normal
+from benchmarks.ways import BARE, PLAIN, STEPS, WAYS, ratio
+
+TINY = Network(lambda: many_variables(4), normal(16), 2, 16)
+
+
+def test_ratios_are_of_pairs():
+    """The median of ratios, not the ratio of medians."""
+    assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+    assert ratio([1.0, 4.0, 30.0], [1.0, 2.0, 3.0]) == 2.0
+    assert ratio([1.0, 4.0, 9.0], [2.0, 2.0, 9.0]) == 1.0
+
+
+def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
+    """A row for each way: none is traced again in a second fit."""
+    monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
+    files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
+    options = ["--rounds", "1", "--networks", "tiny", "--check"]
+    options += ["--csv", files[0], "--plot", files[1]]
+    assert speed.main(options) == 0
+    with open(files[0]) as file:
+        rows = list(csv.DictReader(file))
+    cases = [(row["xla"], row["window"], row["way"]) for row in rows]
+    assert sorted(cases) == sorted(
+        (xla, window, way)
+        for xla in ("False", "True")
+        for window in ("2", "8", "32")
+        for way in WAYS
+    )
+    for row in rows:
+        assert float(row["milliseconds"]) > 0
+        assert int(row["traces"]) >= 1
+        if row["way"] in (PLAIN, STEPS, BARE):
+            assert int(row["later_traces"]) == 0
+        if row["way"] == PLAIN:
+            assert float(row["to_plain"]) == 1.0
+    assert "targets missed:\nnone" in capsys.readouterr().out
+
+
+def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
+    """`--check` fails."""
+    monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
+    monkeypatch.setattr(speed, "TARGETS", {("tiny", False): (None, None, 0.0)})
+    options = ["--quick", "--rounds", "1", "--networks", "tiny"]
+    assert speed.main([*options, "--check"]) == 1
+    assert "of bare loop, target 0.00" in capsys.readouterr().out
+    assert speed.main(options) == 0
+
+
+def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
+    """The sums are at most what the target allows, and freed afterwards."""
+    monkeypatch.setattr(memory, "NETWORKS", ["perceptron"])
+    path = str(tmp_path / "rows.csv")
+    assert memory.main(["--quick", "--check", "--csv", path]) == 0
+    with open(path) as file:
+        plain, *ours = csv.DictReader(file)
+    for row in ours:
+        # Adam keeps twice the weights in both, and the sums are once more.
+        more = float(row["after"]) - float(plain["after"])
+        assert more < 0.7 * float(row["weights"])
+    assert "target missed" not in capsys.readouterr().out
+
+
+def test_growth_measures_every_size(monkeypatch, tmp_path):
+    """A row for each way and size."""
+    cases = [
+        (growth.VARIABLES, 4.0, TINY, 8),
+        (growth.WINDOW, 1.0, TINY, 1),
+        (growth.WINDOW, 2.0, TINY, 2),
+    ]
+    monkeypatch.setattr(growth, "cases", lambda is_quick: cases)
+    files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
+    options = ["--csv", files[0], "--plot", files[1], "--rounds", "1"]
+    assert growth.main(options) == 0
+    with open(files[0]) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(cases) * len(growth.GROWTH_WAYS)
+    assert {row["way"] for row in rows} == set(growth.GROWTH_WAYS)
+
+
+@pytest.mark.parametrize("program", [speed, memory, growth])
+def test_a_program_explains_itself(program, capsys):
+    """`--help`."""
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    assert "--csv FILE" in capsys.readouterr().out
