@@ -10,9 +10,11 @@ import tensorflow as tf
 from kaccum.tensorflow.calls import CompiledCall
 
 
-def is_there(argument):
-    """Which parts of a nested argument are no `None`."""
-    return tf.constant([x is not None for x in tf.nest.flatten(argument)])
+def nesting(argument):
+    """How an argument is nested; in a dict any order is the same."""
+    if isinstance(argument, dict):
+        argument = dict(sorted(argument.items()))
+    return repr(tf.nest.map_structure(lambda part: part is None, argument))
 
 
 X, Y, W = tf.ones((4, 2)), 2.0 * tf.ones((4, 2)), 3.0 * tf.ones((4, 2))
@@ -44,12 +46,12 @@ def test_a_call_is_that_of_a_function_not_compiled(arguments):
             for tensor in flat
             if tensor is not None
         ]
-        return is_there(argument), tf.stack(sums)
+        return tf.constant(nesting(argument)), tf.stack(sums)
 
     compiled = CompiledCall(function)
     for argument in arguments * 2:
         for found, expected in zip(compiled(argument), function(argument)):
-            assert np.array_equal(found, expected)
+            assert np.array_equal(found.numpy(), expected.numpy())
 
 
 def test_a_call_is_traced_once_for_calls_alike():
@@ -62,6 +64,21 @@ def test_a_call_is_traced_once_for_calls_alike():
     compiled((tf.ones(2), tf.ones(2)))
     compiled((tf.constant(0.0), tf.constant(0.0)))
     assert len(traces) == 2
+
+
+def test_iterators_and_batches_in_turn():
+    """An iterator seen before is not taken for like the last argument."""
+
+    def function(source):
+        is_iterator = isinstance(source, tf.data.Iterator)
+        return source.get_next() if is_iterator else -source
+
+    compiled = CompiledCall(function)
+    iterator = iter(tf.data.Dataset.range(1, 10))
+    batch = tf.constant(5, "int64")
+    sources = (iterator, batch, iterator, batch, batch, iterator)
+    found = [int(compiled(source)) for source in sources]
+    assert found == [1, -5, 2, -5, -5, 3]
 
 
 def test_iterators_are_pulled_and_let_go():
@@ -78,6 +95,9 @@ def test_iterators_are_pulled_and_let_go():
     pulled = [int(compiled(it)) for it in (first, first, second, first)]
     assert pulled == [0, 1, 5, 2]
     assert len(traces) == 1
+    other = iter(tf.data.Dataset.from_tensors((7, 8)).repeat())
+    found = [compiled(it) for it in (first, other, first, other, other)]
+    assert [int(tf.reduce_sum(f)) for f in found] == [3, 15, 4, 15, 15]
     kept = weakref.ref(second)
     compiled(second)
     del second

@@ -23,14 +23,14 @@ class CompiledCall:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
-        self._compiled = tf.function(
-            self._call_packed, autograph=False, reduce_retracing=True
-        )
+        # By the structure of the argument: functions of its tensors.
+        self._by_structure: dict[str, Any] = {}
+        self._of_others = _compiled(function)
+        # Of the last call.
         self._structure: Any = None
         self._signature: Any = None
-        self._traced: Any = None
-        # The iterator that it was last called with. Not a batch: it would take
-        # memory.
+        self._traced: Callable[..., Any] = self._of_others
+        # If that was of an iterator. A batch would take memory.
         self._iterator: Any = None
         self._tensors: list[Any] = []
 
@@ -38,11 +38,15 @@ class CompiledCall:
         """What the function returns."""
         if argument is not None and argument is self._iterator:
             return self._traced(self._tensors)
+        self.forget()
+        parts = tf.nest.flatten(argument)
+        signature = [_signature_of(part) for part in parts]
+        if any(each is _UNKNOWN for each in signature):
+            return self._of_others(argument)
         tensors = tf.nest.flatten(argument, expand_composites=True)
-        signature = [_signature_of(tensor) for tensor in tensors]
         if signature != self._signature or not self._is_alike(argument):
-            self._structure = tf.nest.map_structure(_spec_of, argument)
-            self._traced = self._compiled.get_concrete_function(tensors)
+            self._structure = tf.nest.map_structure(_structure_of, argument)
+            self._traced = self._trace(self._structure, tensors)
             self._signature = signature
         if is_dataset(argument):
             self._iterator, self._tensors = argument, tensors
@@ -54,19 +58,23 @@ class CompiledCall:
 
     def _is_alike(self, argument: Any) -> bool:
         try:
-            tf.nest.assert_same_structure(
-                self._structure, argument, expand_composites=True
-            )
+            tf.nest.assert_same_structure(self._structure, argument)
         except (TypeError, ValueError):
             return False
         return True
 
-    def _call_packed(self, tensors: list[Any]) -> Any:
-        return self._function(
-            tf.nest.pack_sequence_as(
-                self._structure, tensors, expand_composites=True
-            )
-        )
+    def _trace(self, structure: Any, tensors: list[Any]) -> Any:
+        key = repr(structure)
+        if key not in self._by_structure:
+
+            def call_packed(tensors: list[Any]) -> Any:
+                packed = tf.nest.pack_sequence_as(
+                    structure, tensors, expand_composites=True
+                )
+                return self._function(packed)
+
+            self._by_structure[key] = _compiled(call_packed)
+        return self._by_structure[key].get_concrete_function(tensors)
 
 
 def is_dataset(source: Any) -> bool:
@@ -74,9 +82,23 @@ def is_dataset(source: Any) -> bool:
     return isinstance(source, _DATASETS)
 
 
-def _signature_of(tensor: Any) -> Any:
-    return None if tensor is None else (tensor.dtype, tensor.shape)
+def _compiled(function: Callable[..., Any]) -> Any:
+    return tf.function(function, autograph=False, reduce_retracing=True)
 
 
-def _spec_of(value: Any) -> Any:
-    return None if value is None else tf.type_spec_from_value(value)
+_UNKNOWN = object()
+
+
+def _signature_of(part: Any) -> Any:
+    if part is None:
+        return ()
+    if isinstance(part, tf.Tensor):
+        return part.dtype, part.shape
+    return part.element_spec if is_dataset(part) else _UNKNOWN
+
+
+def _structure_of(part: Any) -> Any:
+    """A part, but for the dtype and shape of tensors."""
+    if is_dataset(part):
+        return tf.type_spec_from_value(part)
+    return None if part is None else 0
