@@ -27,12 +27,14 @@ from benchmarks.networks import Network, convolutional, normal, perceptron
 from benchmarks.ways import CUT, KERAS, LARGE, PLAIN, STEPS, Way
 
 WINDOW = 8
-#: Most bytes above a plain fit's peak, in bytes of the trainable weights.
+#: Most bytes above a plain fit's peak, in bytes of the trainable weights, for
+#: the network whose weights take the memory.
 TARGET = 1.1
+HEAVY = "perceptron"
 MEMORY_WAYS = (PLAIN, KERAS, STEPS, CUT, LARGE)
 NETWORKS = {
     # 80 MiB of weights, and next to no activations.
-    "perceptron": Network(
+    HEAVY: Network(
         lambda: perceptron(3456), normal(1024), micro_batches=32
     ),
     # Next to no weights, and 64 MiB of activations a micro-batch.
@@ -133,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="without XLA, fewer ways")
-    add("--repeat", type=int, default=3, help="processes a case, the median")
+    add("--repeat", type=int, default=5, help="processes a case, the median")
     add("--check", action="store_true", help="fail where the target is missed")
     add("--csv", metavar="FILE", help="write the rows into FILE")
     add("--plot", metavar="FILE", help="draw the rows into FILE")
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.machine())
     print(
         f"{'network':14} {'':4} {'way':17} {'weights':>8} {'before':>8} "
-        f"{'peak':>8} {'after':>8}  above plain, in weights"
+        f"{'peak':>8} {'after':>8}  above plain"
     )
     rows: list[Row] = []
     all_met = True
@@ -161,13 +163,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row = sorted(tried, key=lambda r: r.peak)[len(tried) // 2]
                 plain = plain or row
                 rows.append(row)
-                above = (row.peak - plain.peak) / row.weights
-                is_met = above <= TARGET or way not in (STEPS, CUT)
+                above = row.peak - plain.peak
+                is_met = above <= TARGET * row.weights
+                is_met = is_met or network != HEAVY or way not in (STEPS, CUT)
                 all_met = all_met and is_met
                 print(
                     f"{network:14} {'XLA' if is_xla else '':4} {way:17} "
                     + " ".join(f"{number:8.0f}" for number in row[3:])
-                    + f" {above:6.2f}{'' if is_met else '  target missed'}",
+                    + f" {above:12.0f}{'' if is_met else '  target missed'}",
                     flush=True,
                 )
     if options.csv:

@@ -22,6 +22,7 @@ class Network(NamedTuple):
         micro_batch: How many examples a micro-batch has.
         micro_batches: How many of them a measurement takes.
         steps_per_execution: As in `compile`.
+        windows: How many micro-batches make an update, one after the other.
     """
 
     build: Callable[[], keras.Model]
@@ -29,6 +30,7 @@ class Network(NamedTuple):
     micro_batch: int = 8
     micro_batches: int = 64
     steps_per_execution: int = 1
+    windows: tuple[int, ...] = (8, 2, 32)
 
     def examples(self) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and classes of a measurement."""
@@ -107,6 +109,6 @@ NETWORKS = {
     "200 variables": Network(many_variables, normal(16)),
     "transformer": Network(transformer, _tokens),
     "tiny, 32 an execution": Network(
-        lambda: many_variables(2), normal(16), 8, 512, 32
+        lambda: many_variables(2), normal(16), 8, 512, 32, (8,)
     ),
 }

@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="a window of 8, without XLA")
     add("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
-    add("--rounds", type=int, default=7)
+    add("--rounds", type=int, default=5)
     add("--check", action="store_true", help="fail where a target is missed")
     add("--csv", metavar="FILE", help="write the rows into FILE")
     add("--plot", metavar="FILE", help="draw the rows into FILE")
@@ -177,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for name in options.networks:
         for is_xla in (False,) if options.quick else (False, True):
-            # What is compiled first is measured at a window of 8.
-            windows = (8,) if options.quick else (8, 2, 32)
+            windows = NETWORKS[name].windows[: 1 if options.quick else None]
             for row in measure(name, is_xla, windows, options.rounds):
                 rows.append(row)
                 print(line(row), flush=True)

@@ -182,6 +182,11 @@ class GradientAccumulator:
                 compiled raises `tf.errors.InvalidArgumentError` (under XLA it
                 checks nothing).
         """
+        self.update(parts)
+        self.reset()
+
+    def update(self, parts: list[Any] | None = None) -> None:
+        """`apply`, but for the sums: what they hold then is of no use."""
         if not self._variables:
             raise RuntimeError(_NOTHING_ADDED)
         if parts is None:
@@ -195,14 +200,19 @@ class GradientAccumulator:
                     for patch in self._patches:
                         stack.enter_context(patch)
                 self._apply(gradients, variables)
-        self.reset()
 
-    def reset(self) -> None:
-        """Empties the sums: the open window is forgotten."""
+    def reset(self, *, releases: bool = False) -> None:
+        """Empties the sums: the open window is forgotten.
+
+        Args:
+            releases: Whether what they hold loses its memory before there are
+                zeros, after the update. XLA must not compile that.
+        """
         for number in (self._weight, self._count):
             self._engine.empty(number)
         for key, total in self._sums.items():
-            self._engine.empty(total, after=self._variables.get(key))
+            after = self._variables.get(key) if releases else None
+            self._engine.empty(total, after=after)
         if self._engine.is_eager():
             self._in_window.clear()
 

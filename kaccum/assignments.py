@@ -21,8 +21,8 @@ _hearing = threading.local()
 
 def _tell_and_assign(variable: Any, value: Any) -> Any:
     hear = getattr(_hearing, "hear", None)
-    if hear is not None:
-        hear(variable)
+    if hear is not None and hear(variable):
+        return value
     return _assign(variable, value)
 
 
@@ -31,8 +31,11 @@ telling = SharedPatch(keras.Variable, "assign", _tell_and_assign)
 
 
 @contextlib.contextmanager
-def heard_by(hear: Callable[[Any], None]) -> Iterator[None]:
-    """Calls `hear` with each variable that this thread is about to assign."""
+def heard_by(hear: Callable[[Any], bool]) -> Iterator[None]:
+    """Calls `hear` with each variable that this thread is about to assign.
+
+    Where it returns true, the assignment is left out.
+    """
     previous = getattr(_hearing, "hear", None)
     _hearing.hear = hear
     try:

@@ -18,7 +18,10 @@ __all__ = [
     "callbacks_of_fit",
     "compiled_loss",
     "is_inside_fit",
+    "is_inside_plain_normalization",
     "loss_module",
+    "moments_of_batch",
+    "normalizations_of",
     "variables_of",
 ]
 
@@ -30,6 +33,33 @@ def compiled_loss(model: keras.Model) -> Any:
     name (Keras 3.5 to 3.15).
     """
     return model._compile_loss
+
+
+# The mean and the variance that a layer normalises a batch with: they have no
+# other name, and the averages that follow from them round them away (Keras 3.5
+# to 3.15). Taken at import: Keras's own.
+moments_of_batch = keras.layers.BatchNormalization._moments
+_call = keras.layers.BatchNormalization.call
+
+
+def is_inside_plain_normalization() -> bool:
+    """Whether the caller's caller is `BatchNormalization.call`.
+
+    What a subclass makes of the moments, or `renorm` does, cannot be known.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    if frame is None or frame.f_code is not _call.__code__:
+        return False
+    return not getattr(frame.f_locals["self"], "renorm", False)
+
+
+def normalizations_of(model: keras.Model) -> list[Any]:
+    """The `BatchNormalization`s of a model, also those inside of others.
+
+    `model.layers` has the outermost only (Keras 3.5 to 3.15).
+    """
+    kind = keras.layers.BatchNormalization
+    return [each for each in model._flatten_layers() if isinstance(each, kind)]
 
 
 def variables_of(optimizer: keras.optimizers.Optimizer) -> list[Any]:

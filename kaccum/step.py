@@ -15,11 +15,15 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum import assignments, means, weights
+from kaccum import assignments, means, statistics, weights
 from kaccum.accumulator import GradientAccumulator, build_optimizer
 from kaccum.assignments import BatchState, MicroBatchState
 from kaccum.backend import engine
-from kaccum.keras_private import compiled_loss, variables_of
+from kaccum.keras_private import (
+    compiled_loss,
+    normalizations_of,
+    variables_of,
+)
 from kaccum.patches import Patch, patched
 
 SKIPPED = "skipped_micro_batches"
@@ -36,6 +40,10 @@ class _Run:
         self.is_in_loss = False
         # How often each `Mean` metric was given a number.
         self.numbers: dict[int, int] = {}
+        # How often each `BatchNormalization` was called, and the averages that
+        # it is about to move.
+        self.moments: dict[int, int] = {}
+        self.still: set[int] = set()
         # If it may be left out: what waits for all gradients, and what to go
         # back to.
         self.may_be_left_out = may_be_left_out
@@ -60,6 +68,7 @@ class TrainingStep:
         self.accumulators: list[GradientAccumulator] = []
         self.state = BatchState()
         self._means = means.WindowMeans()
+        self._statistics = statistics.WindowStatistics()
         self.model = model
         self._optimizer = model.optimizer
         self._engine = engine()
@@ -75,6 +84,8 @@ class TrainingStep:
         self._real_scale_loss = self._optimizer.scale_loss
         self._hooks = self._make_hooks()
         self._skipped = self._engine.new_sum((), "int64")
+        # Variables that steps assign.
+        self._heard: set[int] = set()
 
     @property
     def skipped(self) -> int:
@@ -95,6 +106,7 @@ class TrainingStep:
             for context in (
                 weights.hearing(),
                 means.telling,
+                statistics.telling,
                 assignments.telling,
                 patched(self._hooks),
             ):
@@ -129,6 +141,8 @@ class TrainingStep:
                 enter(weights.of_one_replica())
                 enter(assignments.heard_by(functools.partial(self._hear, run)))
                 enter(means.heard_by(functools.partial(self._on_mean, run)))
+                hear = functools.partial(self._on_moments, run)
+                enter(statistics.heard_by(hear))
                 logs = self._train_step(data)
         finally:
             _running.run = None
@@ -143,22 +157,38 @@ class TrainingStep:
         return self._keep_or_skip(run, logs) if may_be_left_out else logs
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, ...]:
         """What `apply` depends on, if it is compiled."""
         sums = sum(a.number_of_sums for a in self.accumulators)
-        return sums, len(self._means)
+        return sums, len(self._means), len(self._statistics)
 
     def apply(self) -> None:
-        """Makes the update of the open window, on each replica."""
-        releases = not self.model.jit_compile
+        """Makes the update of the open window, on each replica.
+
+        The sums are to be emptied next.
+        """
+        releases = self._releases and not self.model.jit_compile
         groups = [a.take(releases=releases) for a in self.accumulators]
-        groups.append(self._means.parts)
+        groups += [self._means.parts, self._statistics.parts]
         flat = [tensor for group in groups for tensor in group]
         parts = iter(self._engine.sum_over_replicas(flat))
-        *groups, means = [[next(parts) for _ in group] for group in groups]
+        *groups, means, moments = [
+            [next(parts) for _ in group] for group in groups
+        ]
         for accumulator, group in zip(self.accumulators, groups):
-            accumulator.apply(group)
+            accumulator.update(group)
         self._means.close(means)
+        self._statistics.close(moments)
+
+    def empty(self) -> None:
+        """Empties the sums. XLA must not compile that."""
+        for accumulator in self.accumulators:
+            accumulator.reset(releases=self._releases)
+
+    @property
+    def _releases(self) -> bool:
+        # Replicas copy their sums, for the all-reduce.
+        return bool(self._engine.replicas() == 1)
 
     def is_empty(self) -> Any:
         """Whether every micro-batch of the window was left out: scalar bool."""
@@ -166,9 +196,9 @@ class TrainingStep:
 
     def reset(self) -> None:
         """Forgets the open window."""
-        for accumulator in self.accumulators:
-            accumulator.reset()
+        self.empty()
         self._means.reset()
+        self._statistics.reset()
 
     def release(self) -> None:
         """Frees the sums' memory."""
@@ -198,10 +228,31 @@ class TrainingStep:
             )
         return hooks
 
-    def _hear(self, run: _Run, variable: Any) -> None:
+    def _hear(self, run: _Run, variable: Any) -> bool:
+        """Whether an assignment is to be left out."""
+        if id(variable) in run.still:
+            run.still.remove(id(variable))
+            return True
+        if not variable.trainable and id(variable) not in self._heard:
+            self._heard.add(id(variable))
+            self._warn_about(variable)
         self.state.hear(variable)
         if run.may_be_left_out:
             run.state.hear(variable)
+        return False
+
+    def _warn_about(self, variable: Any) -> None:
+        for layer in normalizations_of(self.model):
+            if variable is layer.moving_mean:
+                statistics.warn_about(layer)
+
+    def _on_moments(
+        self, run: _Run, layer: Any, mean: Any, variance: Any, size: Any
+    ) -> None:
+        call = run.moments.get(id(layer), 0)
+        run.moments[id(layer)] = call + 1
+        self._statistics.update(layer, mean, variance, size, call=call)
+        run.still |= {id(layer.moving_mean), id(layer.moving_variance)}
 
     def _on_loss(
         self, real: Callable[..., Any], *args: Any, **kwargs: Any

@@ -56,7 +56,7 @@ def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
 
 def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     """The sums are at most what the target allows, and freed afterwards."""
-    monkeypatch.setattr(memory, "NETWORKS", ["perceptron"])
+    monkeypatch.setattr(memory, "NETWORKS", [memory.HEAVY])
     path = str(tmp_path / "rows.csv")
     assert memory.main(["--quick", "--check", "--csv", path]) == 0
     with open(path) as file:

@@ -25,12 +25,14 @@ from kaccum.tensorflow.batches import cut, examples_in, may_be_empty
 from kaccum.tensorflow.engine import Engine
 from kaccum.tensorflow.memory import is_out_of_memory, out_of_memory
 from kaccum.tensorflow.replicas import (
+    as_row,
     check_devices,
     mirrored,
     outside_of_traces,
     patches_for_whole_gradients,
     replicas,
     replicas_of,
+    rows_of,
     scope_of,
     sum_over_replicas,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "add_weighted",
     "after",
     "all_finite",
+    "as_row",
     "check_devices",
     "copy",
     "cut",
@@ -62,6 +65,7 @@ __all__ = [
     "replicas",
     "replicas_of",
     "restore",
+    "rows_of",
     "scope_of",
     "sum_over_replicas",
     "take",

@@ -104,10 +104,14 @@ def empty(total: tf.Variable, after: Any = None) -> None:
 
     Args:
         total: The sum.
-        after: A variable whose last assignment comes first, so that its update
-            and the zeros do not take memory at the same time.
+        after: A variable whose last assignment comes first, and whose update
+            is not to take memory at the same time as what the sum holds and
+            its zeros.
     """
-    waits_for = [] if after is None else [tf.convert_to_tensor(after)]
+    waits_for = []
+    if after is not None:
+        with tf.control_dependencies([tf.convert_to_tensor(after)]):
+            waits_for = release(total)
     with tf.control_dependencies(waits_for):
         # Zeros that the graph can foresee become a constant of it, which keeps
         # their memory for good and is copied by the next `add` (2.21).

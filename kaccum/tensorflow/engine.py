@@ -147,17 +147,27 @@ class Engine:
 
     def _apply(self) -> None:
         """Makes the update, compiled as the model is."""
-        run = functools.partial(
-            self._model.distribute_strategy.run, self._step.apply
-        )
-        if self._model.run_eagerly:
-            return run()
         version = self._step.version
+        if self._model.run_eagerly:
+            self._update(compiled=lambda apply: apply)
+            return
         if version not in self._applies:
+            compiled = functools.partial(
+                tf.function,
+                autograph=False,
+                jit_compile=self._model.jit_compile,
+            )
+            update = functools.partial(self._update, compiled=compiled)
             self._applies[version] = tf.function(
-                run, autograph=False, jit_compile=self._model.jit_compile
+                update, autograph=False
             ).get_concrete_function()
-        return self._applies[version]()
+        self._applies[version]()
+
+    def _update(self, compiled: Callable[..., Callable[[], Any]]) -> None:
+        run = self._model.distribute_strategy.run
+        compiled(lambda: run(self._step.apply))()
+        # XLA would hold the sums and their zeros at the same time.
+        run(self._step.empty)
 
     def _run_one(
         self, source: Any, *, is_plain: bool, closes: Any

@@ -138,6 +138,25 @@ def sum_over_replicas(tensors: Sequence[Any]) -> list[Any]:
     ]
 
 
+def as_row(value: Any) -> tf.Tensor:
+    """A tensor with a row for each replica: this one's value, and zeros.
+
+    Summed over the replicas it holds the values of all.
+    """
+    value = tf.convert_to_tensor(value)
+    if replicas() == 1:
+        return value[None]
+    own = tf.distribute.get_replica_context().replica_id_in_sync_group
+    is_own = tf.equal(tf.range(replicas()), own)
+    is_own = tf.reshape(is_own, [-1] + [1] * len(value.shape))
+    return tf.where(is_own, value[None], tf.zeros([], value.dtype))
+
+
+def rows_of(tensor: tf.Tensor) -> list[tf.Tensor]:
+    """The values of all replicas, of a sum of what `as_row` returned."""
+    return tf.unstack(tensor, num=replicas())
+
+
 def patches_for_whole_gradients(
     optimizers: Sequence[keras.optimizers.Optimizer],
 ) -> list[SharedPatch]:

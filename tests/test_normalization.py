@@ -1,0 +1,436 @@
+"""Batch normalisation: moving statistics advance once an update."""
+
+import contextlib
+import subprocess
+import sys
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from kaccum import GradientAccumulationCallback, accumulate
+from kaccum.statistics import Pool
+from tests.reference import strategy_of
+from tests.test_laws import is_equal
+
+BatchNormalization = keras.layers.BatchNormalization
+FEATURES = 3
+
+
+def data(examples, shape=(FEATURES,), seed=0):
+    """Features whose means are much larger than their deviations."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(examples, *shape)) * [0.5, 1.0, 2.0] + [50, 0, -9]
+    return x.astype("float32"), rng.normal(size=(examples, 1)).astype("float32")
+
+
+def model_of(first, shape=(FEATURES,), **options):
+    """A compiled model that begins with the given layers."""
+    keras.utils.set_random_seed(0)
+    layers = [*first, keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input(shape), *layers])
+    model.compile(keras.optimizers.SGD(1e-3), "mse", **options)
+    return model
+
+
+def fit(model, x, y, batch_size, *callbacks, epochs=2, **options):
+    """Trains without shuffling; returns the model."""
+    model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=list(callbacks),
+        **options,
+    )
+    return model
+
+
+def statistics_of(model):
+    """The moving means and variances of all layers."""
+    found = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, BatchNormalization):
+            found += [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
+    return found
+
+
+def assert_close(model, truth):
+    """To rounding: a mean of 50 is known to 3e-6 in float32."""
+    mine, true = statistics_of(model), statistics_of(truth)
+    assert len(mine) == len(true) > 0
+    for m, t in zip(mine, true):
+        np.testing.assert_allclose(m, t, rtol=2e-5, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(
+    examples=st.integers(1, 30),
+    micro_batch=st.integers(1, 6),
+    steps=st.integers(2, 6),
+    momentum=st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]),
+    shape=st.sampled_from([(FEATURES,), (2, 4, FEATURES)]),
+    is_cut=st.booleans(),
+    options=st.sampled_from(
+        [
+            {},
+            {"jit_compile": True},
+            {"run_eagerly": True},
+            {"steps_per_execution": 3},
+        ]
+    ),
+)
+def test_statistics_of_a_first_layer_are_the_large_batchs(
+    examples, micro_batch, steps, momentum, shape, is_cut, options
+):
+    """For every data set size, window and momentum."""
+    x, y = data(examples, shape)
+    large = micro_batch * steps
+    model, truth = (
+        model_of([BatchNormalization(momentum=momentum)], shape, **options)
+        for _ in range(2)
+    )
+    if is_cut:
+        ours = GradientAccumulationCallback(micro_batch_size=micro_batch)
+        fit(model, x, y, large, ours)
+    else:
+        fit(model, x, y, micro_batch, GradientAccumulationCallback(steps))
+    assert_close(model, fit(truth, x, y, large))
+
+
+class Subclass(BatchNormalization):
+    """Leaves the statistics as they are."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2.0 * super().call(inputs, training=training, mask=mask)
+
+
+class Twice(keras.layers.Layer):
+    """Calls a layer on its inputs and on their squares."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, inputs):
+        return self.layer(inputs) + self.layer(inputs * inputs)
+
+
+def nested():
+    inner = keras.Sequential([BatchNormalization(momentum=0.7)])
+    return [keras.Sequential([inner])]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        nested,
+        lambda: [Subclass(momentum=0.6)],
+        lambda: [Twice(BatchNormalization(momentum=0.5))],
+        lambda: [BatchNormalization(synchronized=True)],
+        lambda: [BatchNormalization(dtype="mixed_float16", momentum=0.5)],
+        lambda: [BatchNormalization(scale=False, center=False, momentum=0.5)],
+        lambda: [BatchNormalization(trainable=False)],
+    ],
+    ids="nested subclass shared synchronized half bare frozen".split(),
+)
+def test_every_kind_of_layer(first):
+    """Wherever the layer stands, and however often it is called."""
+    x, y = data(22)
+    model = fit(model_of(first()), x, y, 4, GradientAccumulationCallback(3))
+    assert_close(model, fit(model_of(first()), x, y, 12))
+
+
+def test_one_axis_of_many():
+    """Features along another axis than the last one."""
+    x, y = data(22, (4, FEATURES))
+    x = np.swapaxes(x, 1, 2)
+
+    def build():
+        return model_of([BatchNormalization(axis=1, momentum=0.5)], (3, 4))
+
+    model = fit(build(), x, y, 4, GradientAccumulationCallback(3))
+    assert_close(model, fit(build(), x, y, 12))
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
+def test_masked_elements_do_not_count(options):
+    """Each micro-batch counts by its unmasked elements."""
+    x, y = data(22, (5, FEATURES))
+    lengths = np.random.default_rng(1).integers(0, 6, 22)
+    x[np.arange(5) >= lengths[:, None]] = 0.0
+    y = np.repeat(y[:, None], 5, axis=1)
+
+    def build():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5, FEATURES))
+        masked = keras.layers.Masking()(inputs)
+        outputs = BatchNormalization(momentum=0.5)(masked)
+        model = keras.Model(inputs, keras.layers.Dense(1)(outputs))
+        model.compile(keras.optimizers.SGD(1e-3), "mse", **options)
+        return model
+
+    model = fit(build(), x, y, 4, GradientAccumulationCallback(3))
+    assert_close(model, fit(build(), x, y, 12))
+
+
+def test_statistics_are_still_inside_a_window():
+    """Bit for bit; they change with the update."""
+    x, y = data(20)
+    model, seen = model_of([BatchNormalization()]), []
+    log = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(statistics_of(model))
+    )
+    fit(model, x, y, 4, GradientAccumulationCallback(2), log, epochs=1)
+    same = [is_equal(a, b) for a, b in zip(seen, seen[1:])]
+    assert same == [False, True, False, True]
+
+
+def test_inference_leaves_statistics_alone():
+    """`training=False`, as in fine-tuning."""
+
+    class Frozen(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.normalization = BatchNormalization()
+
+        def call(self, inputs):
+            return self.normalization(inputs, training=False)
+
+    model = model_of([Frozen()])
+    before = statistics_of(model)
+    fit(model, *data(20), 4, GradientAccumulationCallback(2))
+    assert is_equal(before, statistics_of(model))
+
+
+class Unbiased(BatchNormalization):
+    """Has moments of its own."""
+
+    def _moments(self, inputs, mask):
+        mean, variance = super()._moments(inputs, mask)
+        return mean, 2.0 * variance
+
+
+class Replaced(BatchNormalization):
+    """Moves averages as it likes."""
+
+    def call(self, inputs, training=None, mask=None):
+        mean, _ = self._moments(inputs, mask)
+        self.moving_mean.assign(0.5 * self.moving_mean + 0.5 * mean)
+        return inputs - mean
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Unbiased, Replaced, lambda: BatchNormalization(renorm=True)],
+    ids=["moments", "call", "renorm"],
+)
+def test_what_cannot_be_read_is_left_alone(make):
+    """And said once."""
+    if "renorm" not in vars(BatchNormalization()):
+        pytest.skip("Keras 3.12 has no `renorm`.")
+    x, y = data(20)
+    model, plain = model_of([make()]), model_of([make()])
+    sentence = "which moves its own. They advance once a micro-batch."
+    with pytest.warns(UserWarning, match=sentence) as warned:
+        fit(model, x, y, 4, GradientAccumulationCallback(2))
+    fit(model, x, y, 4, GradientAccumulationCallback(2))
+    assert len([w for w in warned if sentence in str(w.message)]) == 1
+    fit(plain, x, y, 4, epochs=4)
+    assert_close(model, plain)
+
+
+def test_a_batch_tried_again_counts_once():
+    """A failed attempt of "auto" takes back what it pooled."""
+    x, y = data(24)
+    fails = [True]
+
+    class Fails(keras.layers.Layer):
+        def call(self, inputs):
+            if fails and inputs.shape[0] == 12:
+                raise tf.errors.ResourceExhaustedError(None, None, "mine")
+            return inputs
+
+    def build():
+        options = {"run_eagerly": True}
+        layers = [BatchNormalization(momentum=0.5), Fails()]
+        return model_of(layers, **options)
+
+    auto = GradientAccumulationCallback(micro_batch_size="auto")
+    model = build()
+    fit(model, x, y, 12, auto, epochs=1)
+    assert auto.micro_batch_size == 6
+    fails.clear()
+    assert_close(model, fit(build(), x, y, 12, epochs=1))
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}])
+def test_a_nonfinite_micro_batch_is_not_pooled(options):
+    """As if it had never come."""
+    x, y = data(24)
+    bad = np.concatenate([x[:8], np.full((4, FEATURES), np.nan), x[8:]])
+    bad_y = np.concatenate([y[:8], y[:4], y[8:]])
+
+    def build():
+        return model_of([BatchNormalization(momentum=0.5)], **options)
+
+    skips = GradientAccumulationCallback(7, skip_nonfinite=True)
+    model = fit(build(), bad.astype("float32"), bad_y, 4, skips, epochs=1)
+    assert skips.skipped_micro_batches == 1
+    assert_close(model, fit(build(), x, y, 24, epochs=1))
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas_pool_their_statistics(replicas, synchronized):
+    """Also where one has no examples in the last batch."""
+    x, y = data(25)
+
+    def build():
+        layer = BatchNormalization(momentum=0.5, synchronized=synchronized)
+        return model_of([layer])
+
+    with strategy_of(replicas).scope():
+        model = build()
+    # (In Keras, synchronized moments of a replica without examples are NaN, and
+    # lose digits where means are large.)
+    n = 24 if synchronized else 25
+    x = x - x.mean(axis=0) if synchronized else x
+    truth = model_of([BatchNormalization(momentum=0.5)])
+    fit(truth, x[:n], y[:n], 12)
+    fit(model, x[:n], y[:n], 4, GradientAccumulationCallback(3))
+    assert_close(model, truth)
+
+
+def test_batches_one_by_one():
+    """Under `accumulate`."""
+    x, y = data(22)
+    model = model_of([BatchNormalization(momentum=0.5)])
+    with accumulate(model, 3):
+        for start in range(0, 22, 4):
+            model.train_on_batch(x[start : start + 4], y[start : start + 4])
+    truth = model_of([BatchNormalization(momentum=0.5)])
+    assert_close(model, fit(truth, x, y, 12, epochs=1))
+
+
+def test_an_interrupted_window_is_forgotten():
+    """Law 5: what was pooled is not the next fit's."""
+    x, y = data(24)
+    model = model_of([BatchNormalization(momentum=0.5)])
+
+    def stop(batch, logs):
+        if batch == 1:
+            raise KeyboardInterrupt
+
+    stops = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
+    ours = GradientAccumulationCallback(3)
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(model, 9 * x, y, 4, ours, stops)
+    fit(model, x, y, 4, GradientAccumulationCallback(3))
+    truth = model_of([BatchNormalization(momentum=0.5)])
+    assert_close(model, fit(truth, x, y, 12))
+
+
+def test_files_hold_the_layers_own_variables(tmp_path):
+    """Law 6: saved inside a window, it loads without kaccum."""
+    x, y = data(20)
+    path = str(tmp_path / "{epoch}-{batch}.keras")
+    saves = keras.callbacks.ModelCheckpoint(path, save_freq=1)
+    model = model_of([BatchNormalization(momentum=0.5)])
+    fit(model, x, y, 4, GradientAccumulationCallback(5), saves, epochs=1)
+    program = f"""
+import sys, warnings
+sys.modules["kaccum"] = None
+import keras
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "__array__ implementation")
+for batch in (3, 5):
+    model = keras.saving.load_model({path!r}.format(epoch=1, batch=batch))
+    print(model.layers[0].moving_mean.numpy().tolist(), len(model.variables))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    inside, after = done.stdout.splitlines()
+    assert inside == "[0.0, 0.0, 0.0] 6"
+    assert not after.startswith("[0.0")
+
+
+def test_nothing_listens_between_traces():
+    """A step that is compiled already pays nothing."""
+    x, y = data(20)
+    own, found = vars(BatchNormalization)["_moments"], []
+
+    def look(batch, logs):
+        found.append(vars(BatchNormalization)["_moments"] is own)
+
+    log = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model = model_of([BatchNormalization()])
+    fit(model, x, y, 4, GradientAccumulationCallback(2), log)
+    assert all(found) and found
+
+
+def mean_of_means(first, second):
+    """Micro-batches count alike."""
+    calls, _, mean, variance = first
+    more, _, other, others = second
+    share = tf.math.divide_no_nan(more, calls + more)
+    return [
+        calls + more,
+        calls + more,
+        mean + (other - mean) * share,
+        variance
+        + (others - variance) * share
+        + (other - mean) ** 2 * share * (1 - share),
+    ]
+
+
+def no_variance_of_means(first, second):
+    """Only the mean of the variances."""
+    calls, size, mean, variance = first
+    more, other_size, other, others = second
+    share = tf.math.divide_no_nan(other_size, size + other_size)
+    return [
+        calls + more,
+        size + other_size,
+        mean + (other - mean) * share,
+        variance + (others - variance) * share,
+    ]
+
+
+@pytest.mark.parametrize("wrong", [mean_of_means, no_variance_of_means])
+def test_wrong_pools_are_caught(wrong, monkeypatch):
+    """The law's test can fail."""
+    monkeypatch.setattr("kaccum.statistics._pooled", wrong)
+    x, y = data(14)
+    model = model_of([BatchNormalization(momentum=0.5)])
+    fit(model, x, y, 4, GradientAccumulationCallback(4), epochs=1)
+    truth = model_of([BatchNormalization(momentum=0.5)])
+    fit(truth, x, y, 16, epochs=1)
+    with pytest.raises(AssertionError):
+        assert_close(model, truth)
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 99)
+)
+def test_a_pool_has_the_moments_of_all_elements(sizes, seed):
+    """However they are divided."""
+    layer = BatchNormalization(momentum=0.0)
+    layer.build((None, FEATURES))
+    x, _ = data(sum(sizes), seed=seed)
+    pool = Pool(layer)
+    for part in np.split(x, np.cumsum(sizes)[:-1]):
+        pool.update(part.mean(axis=0), part.var(axis=0), len(part))
+    pool.close(pool.parts)
+    mean, variance = layer.moving_mean.numpy(), layer.moving_variance.numpy()
+    x = x.astype("float64")
+    np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(variance, x.var(axis=0), rtol=1e-4, atol=1e-5)
