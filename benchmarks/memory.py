@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="without XLA, fewer ways")
-    add("--repeat", type=int, default=5, help="processes a case, the median")
+    add("--repeat", type=int, default=3, help="processes a case, the median")
     add("--check", action="store_true", help="fail where the target is missed")
     add("--csv", metavar="FILE", help="write the rows into FILE")
     add("--plot", metavar="FILE", help="draw the rows into FILE")

@@ -55,14 +55,20 @@ def perceptron(width: int = 1536) -> keras.Model:
     )
 
 
-def convolutional() -> keras.Model:
-    """Few weights that are used often: the gradient takes most time."""
+def convolutional(is_normalized: bool = False) -> keras.Model:
+    """Few weights that are used often: the gradient takes most time.
+
+    Args:
+        is_normalized: Whether each convolution has a `BatchNormalization`.
+    """
     stack = [keras.Input((32, 32, 3))]
     for filters in (32, 64, 64):
-        stack += [
-            layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-        ]
+        stack.append(
+            layers.Conv2D(filters, 3, padding="same", activation="relu")
+        )
+        if is_normalized:
+            stack.append(layers.BatchNormalization())
+        stack.append(layers.MaxPooling2D())
     return keras.Sequential([*stack, layers.Flatten(), layers.Dense(CLASSES)])
 
 
@@ -106,6 +112,12 @@ def _tokens(count: int) -> np.ndarray:
 NETWORKS = {
     "perceptron": Network(perceptron, normal(1024)),
     "convolutional": Network(convolutional, normal(32, 32, 3), 16),
+    "batch normalised": Network(
+        lambda: convolutional(is_normalized=True),
+        normal(32, 32, 3),
+        16,
+        windows=(8,),
+    ),
     "200 variables": Network(many_variables, normal(16)),
     "transformer": Network(transformer, _tokens),
     "tiny, 32 an execution": Network(

@@ -115,6 +115,7 @@ def plot(rows: list[Row], path: str) -> None:
         low, high = runs.min(axis=0), runs.max(axis=0)
         axes.fill_between(epochs, low, high, alpha=0.15, color=style["color"])
     axes.set(xlabel="epoch", ylabel="validation accuracy")
+    axes.set_xticks(epochs[:: max(1, len(epochs) // 10)])
     report.save(figure, path)
 
 

@@ -81,11 +81,13 @@ class Pool:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         shape = layer.moving_mean.shape
+        # Keras computes in float32, too, and rounds when it assigns.
+        dtype = keras.backend.result_type(layer.moving_mean.dtype, "float32")
         self._variables = [
             keras.Variable(
                 "zeros",
                 each,
-                layer.moving_mean.dtype,
+                dtype,
                 trainable=False,
                 # It is read inside of a layer, which may compute in half.
                 autocast=False,
@@ -136,7 +138,7 @@ class Pool:
             (self._layer.moving_mean, mean),
             (self._layer.moving_variance, variance),
         ):
-            old = ops.convert_to_tensor(variable)
+            old = ops.cast(variable, value.dtype)
             new = old * momentum + value * (1.0 - momentum)
             variable.assign(ops.where(ops.greater(calls, 0), new, old))
 

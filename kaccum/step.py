@@ -34,6 +34,7 @@ class _Run:
 
     def __init__(self, data: Any, may_be_left_out: bool) -> None:
         self.data = data
+        self.trace = engine().trace()
         self.denominators: list[weights.Denominator] = []
         self.calls = 0
         self.is_scaled = False
@@ -249,9 +250,13 @@ class TrainingStep:
     def _on_moments(
         self, run: _Run, layer: Any, mean: Any, variance: Any, size: Any
     ) -> None:
+        # A `tf.function` of the user's own is traced once, and outlives this.
+        if not self._engine.is_traced_in(run.trace):
+            return
         call = run.moments.get(id(layer), 0)
         run.moments[id(layer)] = call + 1
-        self._statistics.update(layer, mean, variance, size, call=call)
+        with self._engine.after(run.data):
+            self._statistics.update(layer, mean, variance, size, call=call)
         run.still |= {id(layer.moving_mean), id(layer.moving_variance)}
 
     def _on_loss(
@@ -283,9 +288,10 @@ class TrainingStep:
             weight = self._weight(run, run.denominators)
             if weight is None:
                 once = sum(ops.sum(term()) for term in self._regularizers(run))
-        self._means.update(
-            metric, value, size, call=call, weight=weight, once=once
-        )
+        with self._engine.after(run.data):
+            self._means.update(
+                metric, value, size, call=call, weight=weight, once=once
+            )
 
     def _on_other(
         self, real: Callable[..., Any], *args: Any, **kwargs: Any

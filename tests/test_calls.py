@@ -66,6 +66,22 @@ def test_a_call_is_traced_once_for_calls_alike():
     assert len(traces) == 2
 
 
+def test_an_error_while_tracing_is_raised_each_time():
+    """What was traced before is not taken for it."""
+
+    def function(argument):
+        if isinstance(argument[0], tuple):
+            raise ValueError("mine")
+        return argument[0]
+
+    compiled = CompiledCall(function)
+    compiled((X, (Y, W)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mine"):
+            compiled(((X, Y), W))
+    assert np.array_equal(compiled((Y, (Y, W))), Y)
+
+
 def test_iterators_and_batches_in_turn():
     """An iterator seen before is not taken for like the last argument."""
 

@@ -251,6 +251,23 @@ def is_reachable(tensor: Any) -> bool:
     return graph is not None
 
 
+def trace() -> Any:
+    """What is being traced, or `None` where what is called is run now."""
+    return None if is_eager() else tf.compat.v1.get_default_graph()
+
+
+def is_traced_in(outer: Any) -> bool:
+    """Whether what is called now belongs to what `trace` returned.
+
+    So do the branches of its conditionals and the bodies of its loops, but no
+    other function that is traced meanwhile.
+    """
+    inner = trace()
+    while inner is not outer and getattr(inner, "is_control_flow_graph", False):
+        inner = inner.outer_graph
+    return inner is outer
+
+
 def use_full_precision() -> str:
     """Turns TensorFloat-32 off, for comparisons to rounding.
 

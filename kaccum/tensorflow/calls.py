@@ -45,9 +45,10 @@ class CompiledCall:
             return self._of_others(argument)
         tensors = tf.nest.flatten(argument, expand_composites=True)
         if signature != self._signature or not self._is_alike(argument):
-            self._structure = tf.nest.map_structure(_structure_of, argument)
-            self._traced = self._trace(self._structure, tensors)
-            self._signature = signature
+            structure = tf.nest.map_structure(_structure_of, argument)
+            # It may raise what the function raises.
+            self._traced = self._trace(structure, tensors)
+            self._structure, self._signature = structure, signature
         if is_dataset(argument):
             self._iterator, self._tensors = argument, tensors
         return self._traced(tensors)
