@@ -147,6 +147,36 @@ def test_every_kind_of_layer(first):
     assert_close(model, fit(model_of(first()), x, y, 12))
 
 
+def test_a_layer_that_is_not_called_keeps_its_statistics():
+    """In a whole window: it saw nothing, not zeros."""
+
+    class Sometimes(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.normalization = BatchNormalization(momentum=0.5)
+
+        def build(self, shape):
+            self.normalization.build(shape)
+
+        def compute_output_shape(self, shape):
+            return shape
+
+        def call(self, inputs, training=None):
+            if float(keras.ops.max(inputs)) > 1000:
+                return inputs
+            return self.normalization(inputs, training=training)
+
+    x, y = data(24)
+    # Not in the second window, nor in half of the third.
+    x[8:20] = 2000.0
+    kept = np.r_[0:8, 20:24]
+    model = model_of([Sometimes()], run_eagerly=True)
+    fit(model, x, y, 4, GradientAccumulationCallback(2), epochs=1)
+    truth = model_of([BatchNormalization(momentum=0.5)])
+    fit(truth, x[kept], y[kept], 8, epochs=1)
+    assert_close(model, truth)
+
+
 def test_one_axis_of_many():
     """Features along another axis than the last one."""
     x, y = data(22, (4, FEATURES))
