@@ -92,9 +92,15 @@ class Engine:
         logs, ran, updates = None, 0, 0
         try:
             for is_last, source in zip(closes, sources):
-                options = {"is_plain": is_plain, "closes": is_last}
+                # Where some may be left out the host asks whether to update:
+                # replicas must not meet inside of a conditional.
+                is_asked = is_last and self._step.skips
+                options = {"closes": is_last and not is_asked}
+                options["is_plain"] = is_plain
                 logs, made = self._compiled(self._run_one, **options)(source)
                 ran, updates = ran + 1, updates + int(made)
+                if is_asked:
+                    updates += self.update()
         except tf.errors.OutOfRangeError:
             if ran == 0 or not pulls:
                 raise
