@@ -64,7 +64,7 @@ def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     for row in ours:
         # Adam keeps twice the weights in both, and the sums are once more.
         more = float(row["after"]) - float(plain["after"])
-        assert more < 0.7 * float(row["weights"])
+        assert more < 0.2 * float(row["weights"])
     assert "target missed" not in capsys.readouterr().out
 
 
