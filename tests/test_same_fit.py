@@ -4,6 +4,8 @@ import hypothesis
 import keras
 import pytest
 
+from kaccum.tensorflow import arithmetic
+from tests import reference
 from tests.reference import Problem, check
 from tests.strategies import OPTIMIZERS, OPTIONS, problems
 
@@ -81,3 +83,19 @@ def test_every_option_acts_once_an_update(options, execution):
 def test_feature_trains_as_with_the_large_batch(fields, cut):
     """Law 1, feature by feature, in both ways to ask for micro-batches."""
     check(Problem(cut=cut, **fields))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+def test_sums_that_lend_their_memory(execution, cut, monkeypatch):
+    """Laws 1 and 10: large ones, here all, are divided in place and freed."""
+    monkeypatch.setattr(arithmetic, "_is_small", lambda total: False)
+    problem = Problem(execution=execution, cut=cut, regularizer="l2")
+    check(problem)
+    model = reference.build_model(problem)
+    for _ in range(2):
+        result = reference.fit_micro(problem, model)
+    truth = reference.build_model(problem)
+    for _ in range(2):
+        true = reference.fit_large(problem, truth)
+    reference.assert_same(problem, result, true)

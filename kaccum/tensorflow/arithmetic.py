@@ -56,6 +56,8 @@ def take(total: tf.Variable) -> tf.Tensor:
     must not be used.
     """
     value = tf.convert_to_tensor(total)
+    if _is_small(total):
+        return value
     with tf.control_dependencies([value]):
         taken = release(total)
     with tf.control_dependencies(taken):
@@ -108,6 +110,9 @@ def empty(total: tf.Variable, after: Any = None) -> None:
             is not to take memory at the same time as what the sum holds and
             its zeros.
     """
+    if _is_small(total):
+        _assign(total, tf.zeros(total.shape, total.dtype))
+        return
     waits_for = []
     if after is not None:
         with tf.control_dependencies([tf.convert_to_tensor(after)]):
@@ -119,6 +124,11 @@ def empty(total: tf.Variable, after: Any = None) -> None:
             shape=total.shape, dtype=total.dtype, init=True
         )
     _assign(total, zeros)
+
+
+def _is_small(total: tf.Variable) -> bool:
+    """Whether memory is less than the operations that would save it."""
+    return bool(total.shape.num_elements() < 2**16)
 
 
 def release(total: tf.Variable) -> list[tf.Operation]:
