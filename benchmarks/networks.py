@@ -118,7 +118,8 @@ NETWORKS = {
         16,
         windows=(8,),
     ),
-    "200 variables": Network(many_variables, normal(16)),
+    # XLA compiles it for half a minute, for each window of some ways.
+    "200 variables": Network(many_variables, normal(16), windows=(8,)),
     "transformer": Network(transformer, _tokens),
     "tiny, 32 an execution": Network(
         lambda: many_variables(2), normal(16), 8, 512, 32, (8,)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import import_module
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from benchmarks.ways import BARE, CUT, KERAS, LARGE, PLAIN, STEPS
+from kaccum.backend import engine
 
 STYLES: dict[str, dict[str, Any]] = {
     PLAIN: {"color": "C7", "marker": "o"},
@@ -23,12 +24,12 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def machine() -> str:
     """The device, its cores and the versions, in one line."""
-    gpus = tf.config.list_logical_devices("GPU")
-    device = gpus[0].name if gpus else "CPU (not run on a GPU)"
+    backend = keras.backend.backend()
+    version = import_module(backend).__version__
     return (
-        f"{device}, {os.cpu_count()} cores, {platform.machine()}; Python "
-        f"{platform.python_version()}, TensorFlow {tf.__version__}, Keras "
-        f"{keras.__version__}"
+        f"{engine().device_name()}, {os.cpu_count()} cores, "
+        f"{platform.machine()}; Python {platform.python_version()}, {backend} "
+        f"{version}, Keras {keras.__version__}"
     )
 
 

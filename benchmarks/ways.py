@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from benchmarks import bare
 from benchmarks.networks import Network
 from kaccum import GradientAccumulationCallback
 
@@ -76,10 +75,9 @@ class Way:
         self._network = network
         self._is_xla = is_xla
         self._loss = CountingLoss()
-        self._train: Callable[[tf.data.Dataset], float] = self._fit
         model = network.build()
         if name == BARE:
-            self._train = BareLoop(model, self._loss, is_xla, self).train
+            self._bare = bare.loop(model, self._loss, is_xla)
         else:
             # Keras accumulates over two or more.
             steps = window if name == KERAS and window > 1 else None
@@ -87,7 +85,12 @@ class Way:
                 keras.optimizers.Adam(gradient_accumulation_steps=steps),
                 self._loss,
                 jit_compile=is_xla,
-                steps_per_execution=network.steps_per_execution,
+                # Keras has no other on PyTorch.
+                steps_per_execution=(
+                    1
+                    if keras.backend.backend() == "torch"
+                    else network.steps_per_execution
+                ),
             )
         self._model = model
         self.window = window
@@ -124,16 +127,17 @@ class Way:
     def _run(self, batches: int | None) -> Run:
         size = self._network.micro_batch
         size *= self.window if self.name in (LARGE, CUT) else 1
-        data = tf.data.Dataset.from_tensor_slices(self._network.examples())
-        data = data.batch(size, drop_remainder=True).prefetch(2)
-        data = data.take(-1 if batches is None else batches)
+        data = _batches(self._network.examples(), size, batches)
         before, started = self.traces, time.perf_counter()
-        seconds = self._train(data)
+        if self.name == BARE:
+            seconds = self._bare.train(data, self.window)
+        else:
+            seconds = self._fit(data)
         ended = time.perf_counter()
         self.is_new = False
         return Run(seconds, ended - started, self.traces - before)
 
-    def _fit(self, data: tf.data.Dataset) -> float:
+    def _fit(self, data: Any) -> float:
         stopwatch = Stopwatch()
         callbacks: list[keras.callbacks.Callback] = [stopwatch]
         ours = GradientAccumulationCallback
@@ -146,73 +150,35 @@ class Way:
         return stopwatch.seconds
 
 
-class BareLoop:
-    """Accumulation by hand: the least work there is.
+class _Batches(keras.utils.PyDataset):
+    """Batches that lie in memory."""
 
-    No logs, no callbacks, micro-batches of one size and no short window.
+    def __init__(self, batches: list[Any]) -> None:
+        super().__init__()
+        self._batches = batches
 
-    Args:
-        model: What to train, with Adam.
-        loss: Its loss.
-        is_xla: Whether XLA compiles the steps.
-        way: Says how many micro-batches make an update.
-    """
+    def __len__(self) -> int:
+        return len(self._batches)
 
-    def __init__(
-        self, model: keras.Model, loss: Any, is_xla: bool, way: Way
-    ) -> None:
-        self._model, self._loss, self._way = model, loss, way
-        self._optimizer = keras.optimizers.Adam()
-        self._variables = [v.value for v in model.trainable_variables]
-        self._optimizer.build(model.trainable_variables)
-        self._sums = [tf.Variable(tf.zeros_like(v)) for v in self._variables]
-        add = tf.function(self._add, jit_compile=is_xla)
-        update = tf.function(self._add_and_apply, jit_compile=is_xla)
-        # The graph pulls its data, which XLA cannot.
-        self._add_next = tf.function(lambda batches: add(*next(batches)))
-        self._update_next = tf.function(
-            lambda batches, share: update(*next(batches), share)
-        )
+    def __getitem__(self, index: int) -> Any:
+        return self._batches[index]
 
-    def train(self, data: tf.data.Dataset) -> float:
-        """Trains on the batches.
 
-        Returns:
-            The seconds it took.
-        """
-        window = self._way.window
-        share = tf.constant(1.0 / window)
-        started = time.perf_counter()
-        batches = iter(data)
-        loss = None
-        for i in range(len(data)):
-            if (i + 1) % window:
-                loss = self._add_next(batches)
-            else:
-                loss = self._update_next(batches, share)
-        np.asarray(loss)
-        return time.perf_counter() - started
+def _batches(
+    examples: tuple[np.ndarray, np.ndarray], size: int, count: int | None
+) -> Any:
+    """A data set, as each backend likes it best."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    def _add(self, x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = self._loss(y, self._model(x, training=True))
-        gradients = tape.gradient(loss, self._variables)
-        for total, gradient in zip(self._sums, gradients):
-            if isinstance(gradient, tf.IndexedSlices):
-                total.scatter_add(gradient)
-            else:
-                total.assign_add(gradient)
-        return loss
-
-    def _add_and_apply(self, x: Any, y: Any, share: Any) -> Any:
-        loss = self._add(x, y)
-        self._optimizer.apply(
-            [total * share for total in self._sums],
-            self._model.trainable_variables,
-        )
-        for total in self._sums:
-            total.assign(tf.zeros_like(total))
-        return loss
+        data = tf.data.Dataset.from_tensor_slices(examples)
+        data = data.batch(size, drop_remainder=True).prefetch(2)
+        return data.take(-1 if count is None else count)
+    x, y = (keras.ops.convert_to_tensor(array) for array in examples)
+    most = len(x) // size
+    count = most if count is None else min(count, most)
+    starts = range(0, count * size, size)
+    return _Batches([(x[i : i + size], y[i : i + size]) for i in starts])
 
 
 def in_turn(ways: list[Way], rounds: int) -> dict[str, list[float]]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from kaccum.backend import engine
 from kaccum.callback import GradientAccumulationCallback
-from kaccum.tensorflow import mirrored, use_full_precision
 
 # Rounding differs between batch sizes and grows with each update; a wrongly
 # weighted update is off by about the learning rate.
@@ -57,12 +57,19 @@ class _Recorder(keras.callbacks.Callback):
         )
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """1,797 images of 8 x 8 pixels in [0, 1], and their digits."""
+def load_digits(devices: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """1,797 images of 8 x 8 pixels in [0, 1], and their digits.
+
+    On JAX so many that `devices` divide the last batch, too: Keras asks for it.
+    """
     from sklearn.datasets import load_digits as load
 
     digits = load()
-    return digits.images[..., None].astype("float32") / 16.0, digits.target
+    count = len(digits.target)
+    if keras.backend.backend() == "jax":
+        count -= count % devices
+    images = digits.images[:count, ..., None].astype("float32") / 16.0
+    return images, digits.target[:count]
 
 
 def build_model() -> keras.Model:
@@ -94,7 +101,7 @@ def build_compiled_model(name: str, options: argparse.Namespace) -> keras.Model:
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        jit_compile=options.jit,
+        jit_compile=options.jit or "auto",
     )
     return model
 
@@ -106,7 +113,7 @@ def train(name: str, options: argparse.Namespace) -> Run:
         name: `LARGE`, `KACCUM` or `KERAS`.
         options: The parsed command line.
     """
-    x, y = load_digits()
+    x, y = load_digits(options.replicas)
     recorder = _Recorder(name)
     callbacks: list[keras.callbacks.Callback] = [recorder]
     batch_size = options.batch_size
@@ -118,20 +125,20 @@ def train(name: str, options: argparse.Namespace) -> Run:
         callbacks.append(GradientAccumulationCallback(micro_batch_size=size))
     elif name == KACCUM:
         callbacks.append(GradientAccumulationCallback(options.steps))
-    is_mirrored = name == KACCUM and options.replicas > 1
-    with options.strategy.scope() if is_mirrored else contextlib.nullcontext():
+    is_shared = name == KACCUM and options.replicas > 1
+    with options.devices.scope() if is_shared else contextlib.nullcontext():
         model = build_compiled_model(name, options)
-    # The same order of examples in all three.
-    keras.utils.set_random_seed(1)
-    history = model.fit(
-        x,
-        y,
-        batch_size=batch_size,
-        epochs=options.epochs,
-        callbacks=callbacks,
-        verbose=0,
-    ).history
-    updates = int(model.optimizer.iterations.numpy())
+        # The same order of examples in all three.
+        keras.utils.set_random_seed(1)
+        history = model.fit(
+            x,
+            y,
+            batch_size=batch_size,
+            epochs=options.epochs,
+            callbacks=callbacks,
+            verbose=0,
+        ).history
+    updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
     return Run(updates, history, recorder.weights, recorder.seconds)
 
 
@@ -214,8 +221,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--replicas",
         type=int,
         default=1,
-        help="train kaccum's run under a MirroredStrategy of so many GPUs, or "
-        "parts of the processor",
+        help="train kaccum's run on so many GPUs, or parts of the processor "
+        "(MirroredStrategy, on JAX DataParallel)",
     )
     add("--epochs", type=int, default=6)
     add("--optimizer", default="adam", help="a name in keras.optimizers")
@@ -247,11 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     if options.replicas > 1:
-        options.strategy = mirrored(options.replicas)
-    device = use_full_precision()
+        options.devices = engine().devices(options.replicas)
+    engine().use_full_precision()
     print(
-        f"device: {device}; Keras {keras.__version__}; "
-        f"{len(load_digits()[0])} examples; {options.optimizer}, updates of "
+        f"device: {engine().device_name()}; Keras {keras.__version__} on "
+        f"{keras.backend.backend()}; "
+        f"{len(load_digits(options.replicas)[0])} examples; "
+        f"{options.optimizer}, updates of "
         f"{options.batch_size} = {options.steps} micro-batches of "
         f"{options.batch_size // options.steps}"
     )

@@ -24,7 +24,8 @@ class GradientAccumulator:
     Add the gradients of each micro-batch with its weight; `apply` makes one
     update with the gradient of their union,
     `sum(weight * gradient) / sum(weight)`. It works eagerly and inside a
-    `tf.function`.
+    `tf.function`. On JAX it is called with what compiled functions return, not
+    inside of them.
 
     The sums are float32 where gradients are half precision. Repeated rows of a
     `tf.IndexedSlices` add up.
@@ -42,7 +43,8 @@ class GradientAccumulator:
     Raises:
         TypeError: If `optimizer` is none of Keras's.
         ValueError: If it has `gradient_accumulation_steps` of its own.
-        RuntimeError: If Keras runs on another backend than TensorFlow.
+        RuntimeError: If Keras runs on another backend than TensorFlow, JAX or
+            PyTorch.
 
     Example:
 
@@ -90,11 +92,11 @@ class GradientAccumulator:
             with_inner(optimizer)
         )
         self._weight = self._engine.new_sum((), "float32")
-        self._count = self._engine.new_sum((), "int64")
+        self._count = self._engine.new_sum((), "int32")
 
     @property
     def count(self) -> Any:
-        """The number of micro-batches in the open window, a scalar int64."""
+        """The number of micro-batches in the open window, a scalar int32."""
         return self._engine.value_of(self._count)
 
     @property
@@ -129,7 +131,8 @@ class GradientAccumulator:
                 optimizer does not know a variable, or a `weight` of `None`
                 follows another.
             RuntimeError: If a variable is to be overwritten by its gradient (a
-                scale of float8), under a strategy of several replicas.
+                scale of float8), under a strategy of several replicas; inside
+                of what JAX traces.
         """
         gradients, variables = list(gradients), list(variables)
         self._check(gradients, variables, weight)
@@ -137,14 +140,15 @@ class GradientAccumulator:
         self._is_divided = weight is not None
         if where is not None:
             gradients = self._engine.zero_unless(where, gradients)
-        kept = 1 if where is None else ops.cast(where, "int64")
+        kept = 1 if where is None else ops.cast(where, "int32")
         self._engine.increase(self._count, kept)
-        weight = ops.cast(1.0 if weight is None else weight, "float32")
+        weight = 1.0 if weight is None else weight
         if where is not None:
             weight = ops.where(where, weight, 0.0)
         self._engine.increase(self._weight, weight)
         is_eager = self._engine.is_eager()
         in_window = self._in_window if is_eager else self._compiled
+        sums, added = [], []
         for gradient, variable in zip(gradients, variables):
             if gradient is None:
                 continue
@@ -154,7 +158,9 @@ class GradientAccumulator:
                 _check_replicas(variable, self._engine.replicas())
                 self._engine.take_larger(total, gradient)
             else:
-                self._engine.add_weighted(total, gradient, weight)
+                sums.append(total)
+                added.append(gradient)
+        self._engine.add_weighted(sums, added, weight)
 
     def take(self, *, releases: bool = False) -> list[Any]:
         """Takes out what the replicas of a strategy add up for an update.
@@ -275,16 +281,20 @@ class GradientAccumulator:
     def _window_gradients(
         self, weight: Any, count: Any, sums: list[Any]
     ) -> list[Any]:
-        gradients: list[Any] = [None] * len(self._variables)
         totals = dict(zip(self._sums, sums))
-        share = ops.divide_no_nan(1.0, weight)
-        for i, (key, variable) in enumerate(self._variables.items()):
-            if key not in self._compiled | self._in_window:
-                continue
-            gradient = totals[key]
-            if self._is_divided and not _is_overwritten(variable):
-                gradient *= ops.cast(share, gradient.dtype)
-            gradients[i] = gradient
+        if self._is_divided:
+            divided = [
+                key
+                for key, variable in self._variables.items()
+                if key in totals and not _is_overwritten(variable)
+            ]
+            means = self._engine.divided([totals[k] for k in divided], weight)
+            totals.update(zip(divided, means))
+        has_gradient = self._compiled | self._in_window
+        gradients = [
+            totals[key] if key in has_gradient else None
+            for key in self._variables
+        ]
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients, count - 1)
         return [

@@ -28,8 +28,9 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     and an epoch's last window may be shorter; it is scaled by its own size.
     With `micro_batch_size`, each batch is a window, which is cut.
 
-    Under a `tf.distribute.MirroredStrategy` it is the large batch of a single
-    device, too: sums stay on their replica and are added up once an update.
+    Under a `tf.distribute.MirroredStrategy`, or a `keras.distribution` on JAX,
+    it is the large batch of a single device, too. Replicas of a strategy keep
+    sums of their own, which are added up once an update.
 
     Args:
         steps: How many batches make one update: int >= 1; a dict of them by
@@ -37,7 +38,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             from 0 on) that returns one. 1 is a plain fit.
         micro_batch_size: How many examples a micro-batch has at most: int >= 1,
             or "auto". A batch is cut into as few micro-batches as that needs,
-            as equal as possible; each replica of a strategy cuts its own part.
+            as equal as possible; each device that has a part of it cuts that.
             "auto" starts with the whole batch; when memory runs out it takes
             back all that the attempt changed in Keras variables, halves the
             size and trains on the same batch again. It keeps the size for the
@@ -65,11 +66,12 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             `steps` returns less than 1. In the first step: if some losses are
             means and others sums.
         RuntimeError: When `fit` starts: if another callback accumulates
-            already, Keras runs on another backend than TensorFlow, the model's
-            `tf.distribute` strategy is neither a `MirroredStrategy` nor a
-            `OneDeviceStrategy`, or XLA would compile several replicas. In the
-            first step: if the model's `train_step` never applies gradients, or
-            applies some by another optimizer.
+            already, the model's `tf.distribute` strategy is neither a
+            `MirroredStrategy` nor a `OneDeviceStrategy`, or XLA would compile
+            several replicas. In the first step: if the model's `train_step`
+            never applies gradients, or applies some by another optimizer. At
+            once: if Keras runs on another backend than TensorFlow, JAX or
+            PyTorch.
 
     Example:
 
@@ -96,6 +98,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
+        engine()
         if (steps is None) == (micro_batch_size is None):
             raise ValueError(
                 "Exactly one of `steps` and `micro_batch_size` must be given. "
@@ -137,7 +140,6 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes the training step of the model over."""
-        engine()
         _check_callbacks(callbacks_of_fit())
         check_model(self.model)
         if self.skip_nonfinite and is_scaling_losses(self.model.optimizer):

@@ -17,6 +17,7 @@ __all__ = [
     "asked_by",
     "callbacks_of_fit",
     "compiled_loss",
+    "hand_over_state",
     "is_inside_fit",
     "is_inside_plain_normalization",
     "loss_module",
@@ -68,6 +69,27 @@ def variables_of(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     They are kept since `build` and have no public name (Keras 3.5 to 3.15).
     """
     return list(optimizer._trainable_variables)
+
+
+def hand_over_state(
+    model: keras.Model,
+    trainable: list[Any],
+    non_trainable: list[Any],
+    optimizer: list[Any],
+    metrics: list[Any],
+) -> None:
+    """Makes arrays what a model's variables get when they are synced.
+
+    On JAX `fit` holds the values of variables, and gives them back where a
+    callback or an error ends a step: those of the step before (Keras 3.15).
+    """
+    model._jax_state = {
+        "trainable_variables": trainable,
+        "non_trainable_variables": non_trainable,
+        "optimizer_variables": optimizer,
+        "metrics_variables": metrics,
+    }
+    model._jax_state_synced = False
 
 
 def asked_by(name: str, model: keras.Model) -> bool:

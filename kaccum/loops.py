@@ -35,9 +35,9 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
         ValueError: If it is below 1, the model is not compiled, has no
             optimizer, or one with `gradient_accumulation_steps`.
         RuntimeError: If the model accumulates already or fits inside the
-            block, Keras runs on another backend than TensorFlow, or the model's
-            `tf.distribute` strategy is not supported. In the first step as
-            `GradientAccumulationCallback`.
+            block, Keras runs on another backend than TensorFlow, JAX or
+            PyTorch, or the model's `tf.distribute` strategy is not supported.
+            In the first step as `GradientAccumulationCallback`.
 
     Example:
 

@@ -19,16 +19,16 @@ from keras import ops
 from kaccum.backend import engine
 from kaccum.patches import SharedPatch
 
-# Taken at import: Keras's own.
-_update_state = keras.metrics.Mean.update_state
+#: Taken at import: Keras's own.
+update_state = keras.metrics.Mean.update_state
 _hearing = threading.local()
 
 
 def _tell_or_update(metric: Any, values: Any, sample_weight: Any = None) -> Any:
     update = getattr(_hearing, "update", None)
     scalars = [v for v in (values, sample_weight) if v is not None]
-    if update is None or any(len(ops.shape(v)) for v in scalars):
-        return _update_state(metric, values, sample_weight)
+    if update is None or any(len(getattr(v, "shape", ())) for v in scalars):
+        return update_state(metric, values, sample_weight)
     return update(metric, values, sample_weight)
 
 
@@ -109,9 +109,9 @@ class WindowMeans:
 class _WindowMean:
     """A number of the open window, kept up to date in a `Mean` metric.
 
-    In Keras variables, so that they are taken back where a step is. Each
-    replica has its own, as of the metric, and keeps its share of the window up
-    to date from what it has seen itself; at the end it learns of the others.
+    In variables that are taken back where a step is. Each replica has its own,
+    as of the metric, and keeps its share of the window up to date from what it
+    has seen itself; at the end it learns of the others.
 
     Args:
         metric: The `Mean`.
@@ -124,29 +124,27 @@ class _WindowMean:
         self._adds_up = adds_up
         self._is_one = is_one
         self._variables = [
-            keras.Variable(
-                "zeros",
-                (),
-                metric.dtype,
-                trainable=False,
-                aggregation="sum",
-                synchronization="on_read",
-                name=name,
-            )
+            engine().new_variable((), metric.dtype, name)
             for name in ("total", "weight", "size", "once")
         ]
 
     @property
     def parts(self) -> list[Any]:
         """Total, weight and size."""
-        return [ops.convert_to_tensor(v) for v in self._variables[:3]]
+        return self._values[:3]
+
+    @property
+    def _values(self) -> list[Any]:
+        return [ops.convert_to_tensor(v) for v in self._variables]
 
     def update(self, value: Any, size: Any, weight: Any, once: Any) -> None:
         metric, dtype = self._metric, self._metric.dtype
         # After a reset of the metric what went before is not in it any more.
-        is_in = ops.greater_equal(metric.count, self._variables[2])
-        old = [part * ops.cast(is_in, dtype) for part in self._variables]
-        value, once = ops.cast(value, dtype), ops.cast(once, dtype)
+        old = self._values
+        is_in = ops.cast(ops.greater_equal(metric.count, old[2]), dtype)
+        old = [part * is_in for part in old]
+        value = ops.stop_gradient(ops.cast(value, dtype))
+        once = ops.stop_gradient(ops.cast(once, dtype))
         weight = ops.cast(1.0 if weight is None else weight, dtype)
         value = value - once if self._adds_up else weight * value
         size = ops.cast(1.0 if size is None else size, dtype)
@@ -162,17 +160,17 @@ class _WindowMean:
         """Corrects what the metric has by what all replicas saw."""
         if engine().replicas() == 1:
             return
-        _, _, own, once = self._variables
+        _, _, own, once = self._values
         # Of a window that counts once, each replica counts a share.
         share = own / ops.maximum(size, 1.0) if self._is_one else own
         number = self._number(total, weight, size, once)
-        now = self._number(*self._variables)
+        now = self._number(*self._values)
         self._metric.total.assign_add(number * share - now * own)
         self._metric.count.assign_add(share - own)
 
     def reset(self) -> None:
         for variable in self._variables:
-            variable.assign(0.0)
+            variable.assign(ops.zeros((), variable.dtype))
 
     def _number(self, total: Any, weight: Any, size: Any, once: Any) -> Any:
         if self._adds_up:

@@ -156,7 +156,10 @@ class Session:
         if inspect.isfunction(plain):
             vars(plain)["kaccum_session"] = self
 
-    def _run_train_function(self, iterator: Any) -> Any:
+    def _run_train_function(self, *arguments: Any) -> Any:
+        return self._engine.called(self._run_next, *arguments)
+
+    def _run_next(self, iterator: Any) -> Any:
         count = self._model.steps_per_execution
         with self._recovering():
             if self._size is not None:
@@ -177,7 +180,7 @@ class Session:
         """Makes each of the next `count` batches a window."""
         logs = None
         for batch in itertools.islice(iterator, count):
-            logs = train_in_parts(batch, size, self._step, self._run_parts)
+            logs = train_in_parts(batch, size, self._engine, self._run_parts)
             self.close_window()
         if logs is None:
             raise StopIteration
@@ -193,7 +196,7 @@ class Session:
         for _ in range(updates):
             self._updates += 1
             if self._on_update is not None:
-                self._on_update(self._updates)
+                self._engine.told(self._on_update, self._updates)
 
     @contextlib.contextmanager
     def _recovering(self) -> Iterator[None]:
@@ -257,10 +260,10 @@ class Session:
         self._make_plain(force=force)
         plain = self._model.train_function
 
-        def run_once(iterator: Any) -> Any:
+        def run_once(*arguments: Any) -> Any:
             self._model.train_function = plain
             self._train_function.install()
-            return plain(iterator)
+            return plain(*arguments)
 
         self._model.train_function = run_once
         return run_once

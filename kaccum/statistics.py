@@ -69,8 +69,8 @@ def _size(layer: Any, inputs: Any, mask: Any) -> Any:
 class Pool:
     """Mean and variance of what a layer saw in the open window.
 
-    In Keras variables, so that they are taken back where a step is. Each
-    replica has its own. Added up after Chan, Golub, LeVeque (1979), "Updating
+    In variables that are taken back where a step is. Each replica has its
+    own. Added up after Chan, Golub, LeVeque (1979), "Updating
     formulae and a pairwise algorithm for computing sample variances": means
     much larger than deviations lose nothing.
 
@@ -84,17 +84,7 @@ class Pool:
         # Keras computes in float32, too, and rounds when it assigns.
         dtype = keras.backend.result_type(layer.moving_mean.dtype, "float32")
         self._variables = [
-            keras.Variable(
-                "zeros",
-                each,
-                dtype,
-                trainable=False,
-                # It is read inside of a layer, which may compute in half.
-                autocast=False,
-                aggregation="sum",
-                synchronization="on_read",
-                name=name,
-            )
+            engine().new_variable(each, dtype, name)
             for name, each in (
                 ("calls", ()),
                 ("size", ()),
@@ -145,7 +135,7 @@ class Pool:
     def reset(self) -> None:
         """Starts an empty window."""
         for variable in self._variables:
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
 
 
 def warn_about(layer: Any) -> None:

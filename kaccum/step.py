@@ -17,7 +17,6 @@ from keras import ops
 
 from kaccum import assignments, means, statistics, weights
 from kaccum.accumulator import GradientAccumulator, build_optimizer
-from kaccum.assignments import BatchState, MicroBatchState
 from kaccum.backend import engine
 from kaccum.keras_private import (
     compiled_loss,
@@ -49,7 +48,7 @@ class _Run:
         # back to.
         self.may_be_left_out = may_be_left_out
         self.waiting: list[tuple[GradientAccumulator, Any, Any]] = []
-        self.state = MicroBatchState()
+        self.state = engine().MicroBatchState()
 
 
 _running = threading.local()
@@ -67,35 +66,47 @@ class TrainingStep:
     def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
         self.skips = skip_nonfinite
         self.accumulators: list[GradientAccumulator] = []
-        self.state = BatchState()
+        #: Called with each variable that a step is about to assign.
+        self.on_assignment: Callable[[Any], None] = lambda variable: None
         self._means = means.WindowMeans()
         self._statistics = statistics.WindowStatistics()
         self.model = model
         self._optimizer = model.optimizer
         self._engine = engine()
-        # A `tf.function` would be traced once, for *add* and *update* alike.
-        step = model.train_step
-        self._train_step = getattr(step, "python_function", step)
+        self._train_step = self._engine.train_step_of(model)
         self._is_plain_step = type(model).train_step is keras.Model.train_step
         self._is_plain_loss = (
             type(model).compute_loss is keras.Model.compute_loss
         )
         self._real_apply = self._optimizer.apply
         self._real_apply_gradients = self._optimizer.apply_gradients
+        self._real_stateless_apply = self._optimizer.stateless_apply
         self._real_scale_loss = self._optimizer.scale_loss
         self._hooks = self._make_hooks()
-        self._skipped = self._engine.new_sum((), "int64")
+        self._skipped = self._engine.new_sum((), "int32")
+        # Of them, those that the sum does not count.
+        self._skipped_before = 0
+        self._skipped_remembered = 0
         # Variables that steps assign.
         self._heard: set[int] = set()
 
     @property
     def skipped(self) -> int:
         """The number of micro-batches left out since `forget_skipped`."""
-        return int(self._engine.value_of(self._skipped))
+        return self._skipped_before + int(self._engine.value_of(self._skipped))
 
-    def forget_skipped(self) -> None:
-        """Counts what is left out from zero."""
+    def forget_skipped(self, but: int = 0) -> None:
+        """Counts what is left out from `but` on."""
         self._engine.empty(self._skipped)
+        self._skipped_before = but
+
+    def remember_skipped(self) -> None:
+        """Remembers how many were left out, for `restore_skipped`."""
+        self._skipped_remembered = self.skipped if self.skips else 0
+
+    def restore_skipped(self) -> None:
+        """Forgets those that were left out since `remember_skipped`."""
+        self.forget_skipped(but=self._skipped_remembered)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -216,6 +227,7 @@ class TrainingStep:
         hooks = [
             Patch(self._optimizer, "apply", self._on_apply),
             Patch(self._optimizer, "apply_gradients", self._on_apply_gradients),
+            Patch(self._optimizer, "stateless_apply", self._on_stateless_apply),
             Patch(self._optimizer, "scale_loss", self._on_scale_loss),
         ]
         hooks += [
@@ -237,7 +249,7 @@ class TrainingStep:
         if not variable.trainable and id(variable) not in self._heard:
             self._heard.add(id(variable))
             self._warn_about(variable)
-        self.state.hear(variable)
+        self.on_assignment(variable)
         if run.may_be_left_out:
             run.state.hear(variable)
         return False
@@ -256,7 +268,13 @@ class TrainingStep:
         call = run.moments.get(id(layer), 0)
         run.moments[id(layer)] = call + 1
         with self._engine.after(run.data):
-            self._statistics.update(layer, mean, variance, size, call=call)
+            self._statistics.update(
+                layer,
+                ops.stop_gradient(mean),
+                ops.stop_gradient(variance),
+                size,
+                call=call,
+            )
         run.still |= {id(layer.moving_mean), id(layer.moving_variance)}
 
     def _on_loss(
@@ -272,7 +290,9 @@ class TrainingStep:
         finally:
             run.is_in_loss = False
 
-    def _on_mean(self, run: _Run, metric: Any, value: Any, size: Any) -> None:
+    def _on_mean(self, run: _Run, metric: Any, value: Any, size: Any) -> Any:
+        if not self._engine.can_hear():
+            return means.update_state(metric, value, size)
         call = run.numbers.get(id(metric), 0)
         run.numbers[id(metric)] = call + 1
         once: Any = 0.0
@@ -280,18 +300,25 @@ class TrainingStep:
             # The loss of one of several outputs. Keras weights it by the number
             # of examples only where that is not traced (Keras 3.15).
             weight = self._weight(run, run.denominators[-1:])
-            size = size if self._engine.is_eager() else None
+            size = size if self._engine.knows_shapes() else None
         elif isinstance(metric, keras.metrics.MeanMetricWrapper):
             # What a metric function returned, a scalar of its own making.
             weight = weights.examples_in(run.data)
         else:
             weight = self._weight(run, run.denominators)
             if weight is None:
-                once = sum(ops.sum(term()) for term in self._regularizers(run))
+                # A metric's update does not know the model's variables.
+                with self._engine.whole_state():
+                    terms = [v.regularizer(v) for v in self._regularized]
+                once = sum(ops.sum(term) for term in terms)
+        if isinstance(weight, float) and _is_number(size, weight):
+            # Keras's own mean over batches is that over all their examples.
+            return means.update_state(metric, value, size)
         with self._engine.after(run.data):
             self._means.update(
                 metric, value, size, call=call, weight=weight, once=once
             )
+        return None
 
     def _on_other(
         self, real: Callable[..., Any], *args: Any, **kwargs: Any
@@ -332,12 +359,36 @@ class TrainingStep:
         self._accumulate(apply, gradients, variables)
         return self._optimizer.iterations
 
+    def _on_stateless_apply(
+        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
+    ) -> Any:
+        """That of JAX's steps, which `LossScaleOptimizer` has its own of."""
+        self._accumulate(self._apply_statelessly, list(grads), None)
+        return trainable_variables, optimizer_variables
+
+    def _apply_statelessly(self, gradients: Any, variables: Any) -> None:
+        groups = (variables_of(self._optimizer), self._optimizer.variables)
+        trainable, others = ([v.value for v in group] for group in groups)
+        new = self._real_stateless_apply(others, gradients, trainable)
+        for group, values in zip(groups, new):
+            for variable, value in zip(group, values):
+                variable.assign(value)
+
     def _accumulate(
         self, apply: Callable[..., Any], gradients: Any, variables: Any
     ) -> Any:
         run = getattr(_running, "run", None)
         if run is None:
             return apply(gradients, variables)
+        if not gradients:
+            # All weights are frozen: to Keras's optimizers that is nothing.
+            return None
+        if not self._engine.can_hear():
+            raise RuntimeError(
+                "The model's `train_step` must apply gradients outside of a "
+                "`jax.jit` of its own: they are accumulated there. Received: a "
+                f"`train_step` of {type(self.model).__name__} that did not."
+            )
         if variables is None:
             variables = variables_of(self._optimizer)
         # A step may apply gradients more than once, say for two groups of
@@ -373,15 +424,18 @@ class TrainingStep:
     def _keep_or_skip(self, run: _Run, logs: Any) -> Any:
         """Adds the gradients, or undoes the step and leaves them out."""
         is_kept = ops.greater(weights.examples_in(run.data), 0.0)
-        if self.skips:
-            gradients = [g for _, gs, _ in run.waiting for g in gs]
+        gradients = [g for _, gs, _ in run.waiting for g in gs]
+        skips = self.skips and any(g is not None for g in gradients)
+        if skips:
             is_finite = self._engine.all_finite(gradients)
             is_skipped = ops.logical_and(is_kept, ops.logical_not(is_finite))
-            self._engine.increase(self._skipped, ops.cast(is_skipped, "int64"))
             is_kept = ops.logical_and(is_kept, is_finite)
+        # Before anything changes that is to stay.
+        run.state.restore_unless(is_kept)
+        if skips:
+            self._engine.increase(self._skipped, ops.cast(is_skipped, "int32"))
         for accumulator, gradients, variables in run.waiting:
             self._add(run, accumulator, gradients, variables, is_kept)
-        run.state.restore_unless(is_kept)
         if not isinstance(logs, dict):
             return logs
         metrics = self.model.get_metrics_result()
@@ -406,8 +460,13 @@ class TrainingStep:
         def term(variable: Any) -> Any:
             return scale(variable.regularizer(variable))
 
-        return [
-            functools.partial(term, v)
-            for v in self.model.trainable_variables
-            if v.regularizer is not None
-        ]
+        return [functools.partial(term, v) for v in self._regularized]
+
+    @property
+    def _regularized(self) -> list[Any]:
+        variables = self.model.trainable_variables
+        return [v for v in variables if v.regularizer is not None]
+
+
+def _is_number(size: Any, number: float) -> bool:
+    return isinstance(size, (int, float)) and size == number

@@ -7,6 +7,7 @@ each replica compute the loss of its own micro-batch, as a single device would.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from kaccum.backend import engine
 from kaccum.keras_private import loss_module
 from kaccum.patches import SharedPatch
 
@@ -31,7 +33,7 @@ class Denominator(NamedTuple):
     Args:
         kind: "mean", "sum", "none" (a loss without reduction), or "hidden" (a
             function of the user's own that returns a scalar).
-        value: Scalar float32 tensor for a mean, else `None`.
+        value: For a mean the engine's note of a scalar, else `None`.
     """
 
     kind: str
@@ -79,14 +81,15 @@ def weight_of(
     Args:
         denominators: What the micro-batch's losses divided by, in order. With
             several outputs the first one that is not a sum counts.
-        count_examples: Function that returns the number of examples, a scalar
-            float32 tensor: the weight where the denominator is not known.
+        count_examples: Function that returns the number of examples, a float
+            or a scalar float32 tensor: the weight where the denominator is not
+            known.
         is_plain: Whether the losses are just added up, as Keras does. What a
             user's code makes of a loss without reduction is hidden.
 
     Returns:
-        Scalar float32 tensor, or `None` where all losses are sums, which add
-        up undivided.
+        Float or scalar float32 tensor, or `None` where all losses are sums,
+        which add up undivided.
 
     Raises:
         ValueError: If some losses are sums and others means, which no single
@@ -105,7 +108,7 @@ def weight_of(
             "one kind of reduction, and `loss_weights` for the balance."
         )
     if others and others[0].value is not None:
-        return others[0].value
+        return engine().noted(others[0].value)
     return count_examples()
 
 
@@ -134,9 +137,10 @@ def _reduce_and_report(
 ) -> Any:
     denominators = getattr(_listening, "denominators", None)
     if denominators is not None and _listening.depth == 1:
-        denominators.append(
-            _denominator(values, sample_weight, mask, reduction)
-        )
+        if engine().can_hear():
+            denominators.append(
+                _denominator(values, sample_weight, mask, reduction)
+            )
     return _reduce_weighted_values(
         values,
         sample_weight=sample_weight,
@@ -184,8 +188,12 @@ def _denominator(
     if reduction not in MEANS:
         return Denominator("sum" if reduction == "sum" else "none")
     value = _mean_denominator(values, sample_weight, mask, reduction)
-    value = ops.where(ops.equal(value, 0.0), OF_NOTHING, value)
-    return Denominator("mean", ops.cast(value, "float32"))
+    if isinstance(value, float):
+        value = value or OF_NOTHING
+    else:
+        value = ops.where(ops.equal(value, 0.0), OF_NOTHING, value)
+        value = ops.cast(value, "float32")
+    return Denominator("mean", engine().note(value))
 
 
 def _mean_denominator(
@@ -213,22 +221,31 @@ def _mean_denominator(
 
 
 def _size(tensor: Any) -> Any:
+    """The number of elements, a float if it is known beforehand."""
+    if None not in tuple(tensor.shape):
+        return float(math.prod(tensor.shape))
     shape = ops.convert_to_tensor(ops.shape(tensor), dtype="int32")
     return ops.cast(ops.prod(shape), "float32")
 
 
 def examples_in(data: Any) -> Any:
-    """The number of examples in a batch of `fit`, a scalar float32 tensor.
+    """The number of examples in a batch of `fit`.
 
     Args:
         data: What a `train_step` gets. Its first array that is not a scalar
             has the examples along its first axis.
+
+    Returns:
+        A float, or a scalar float32 tensor where it is not known beforehand.
 
     Raises:
         ValueError: If there is no such array.
     """
     for leaf in keras.tree.flatten(data):
         if leaf is not None and len(leaf.shape) > 0:
+            count = leaf.shape[0]
+            if count is not None:
+                return float(count)
             return ops.cast(ops.shape(leaf)[0], "float32")
     raise ValueError(
         "A batch must hold an array whose first axis is the examples, to "

@@ -1,5 +1,6 @@
 """Hypothesis profiles, the device, and a check that nothing stays patched."""
 
+import contextlib
 import os
 import weakref
 
@@ -9,7 +10,9 @@ import pytest
 import tensorflow as tf
 
 from kaccum import weights
+from kaccum.backend import engine
 from kaccum.session import Session
+from tests.backends import BACKEND
 from tests.reference import split_the_processor
 
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -28,26 +31,25 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default=None,
-        help="where to compute, as /GPU:0 or /CPU:0 (default: a GPU if any)",
+        help="where to compute, as gpu:0 or cpu:0 (default: a GPU if any)",
     )
 
 
-def _device(config):
-    gpus = tf.config.list_physical_devices("GPU")
-    return config.getoption("--device") or ("/GPU:0" if gpus else "/CPU:0")
-
-
 def pytest_report_header(config):
-    device = _device(config)
-    note = "" if "GPU" in device else " (not run on a GPU)"
-    return f"kaccum computes on {device}{note}, TensorFlow {tf.__version__}"
+    device = config.getoption("--device") or engine().device_name()
+    return f"kaccum computes on {device}, Keras on {BACKEND}"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def device(request):
     """Computes everything on the chosen device, in full precision."""
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    with tf.device(_device(request.config)):
+    engine().use_full_precision()
+    chosen = request.config.getoption("--device")
+    if chosen is None and BACKEND == "tensorflow":
+        gpus = tf.config.list_physical_devices("GPU")
+        # The first of several parts of the processor.
+        chosen = "gpu:0" if gpus else "cpu:0"
+    with keras.device(chosen) if chosen else contextlib.nullcontext():
         yield
 
 

@@ -3,6 +3,7 @@
 import keras
 from hypothesis import strategies as st
 
+from tests.backends import EXECUTIONS
 from tests.reference import Problem
 
 # Every optimizer of the installed Keras but those that wrap others.
@@ -69,7 +70,7 @@ def problems(draw, **fixed):
         "schedule": draw(st.booleans()),
         "regularizer": draw(st.sampled_from([None, "l2"])),
         "constraint": draw(st.sampled_from([None, "unit_norm"])),
-        "execution": draw(st.sampled_from(["graph", "graph", "xla", "eager"])),
+        "execution": draw(st.sampled_from(EXECUTIONS[:1] + EXECUTIONS)),
         "steps_per_execution": draw(st.sampled_from([1, 1, 2, 5])),
         "unknown_length": draw(st.booleans()),
         "validation": draw(st.booleans()),

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import ops
 
 from kaccum import GradientAccumulationCallback, GradientAccumulator, accumulate
+from tests.backends import BACKEND, needs_graphs
 
 X, Y = np.ones((10, 2), "float32"), np.ones((10, 1), "float32")
 STEPS = (
@@ -30,6 +32,8 @@ LEAVES = (
     "All arrays of a batch must have the same examples along their first axis "
     "to be cut into micro-batches. Received: a batch of shapes "
 )
+# PyTorch makes a list of a batch.
+SHAPES = "[{}]." if BACKEND == "torch" else "({})."
 ONE_CALLBACK = (
     "Only one callback of a `fit` must accumulate gradients. Received: 2 of "
     "`GradientAccumulationCallback`. Keep one."
@@ -56,6 +60,14 @@ def fit(model, *callbacks):
     model.fit(X, Y, 2, verbose=0, shuffle=False, callbacks=list(callbacks))
 
 
+# What Keras calls its train function.
+PLAIN = {
+    "tensorflow": "function",
+    "jax": "iterator_step",
+    "torch": "one_step_on_data",
+}[BACKEND]
+
+
 def refused_at_once(model, *callbacks):
     """A fit that must end before the model is taken over."""
     try:
@@ -63,7 +75,7 @@ def refused_at_once(model, *callbacks):
     finally:
         assert "make_train_function" not in vars(model)
         assert "get_metrics_result" not in vars(model)
-        assert model.train_function.__name__ == "function"
+        assert model.train_function.__name__ == PLAIN
 
 
 def of(*steps, **options):
@@ -152,12 +164,12 @@ BAD_CALLS = {
     "leaves-of-other-lengths": (
         of_arrays(X[:4], Y[:3]),
         ValueError,
-        LEAVES + "((4, 2), (3, 1)).",
+        LEAVES + SHAPES.format("(4, 2), (3, 1)"),
     ),
     "leaf-without-examples": (
         of_arrays(X[:4], Y[:4], np.float32(1.0)),
         ValueError,
-        LEAVES + "((4, 2), (4, 1), ()).",
+        LEAVES + SHAPES.format("(4, 2), (4, 1), ()"),
     ),
     "steps=[4]": (of([4]), TypeError, STEPS + "[4] (list)."),
     "steps={}": (of({}), ValueError, START + "{} (dict)."),
@@ -398,13 +410,17 @@ def test_a_bad_add_adds_nothing(name):
     call, message = BAD_ADDS[name]
     variable = keras.Variable([0.0])
     sums = GradientAccumulator(keras.optimizers.SGD(1.0))
-    sums.add([tf.constant([3.0])], [variable], 1.0)
+    sums.add([ops.array([3.0])], [variable], 1.0)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call(sums, variable)
     assert int(sums.count) == 1 and moved(sums, variable) == 3.0
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=needs_graphs)],
+    ids=["eager", "graph"],
+)
 def test_an_apply_without_an_add_is_refused(compiled):
     """At first and after another `apply`; the next window is right."""
     variable = keras.Variable([0.0])
@@ -412,7 +428,7 @@ def test_an_apply_without_an_add_is_refused(compiled):
     with pytest.raises(RuntimeError, match=f"^{NOTHING}$"):
         sums.apply()
     apply, error, message = sums.apply, RuntimeError, f"^{NOTHING}$"
-    sums.add([tf.constant([3.0])], [variable], 1.0)
+    sums.add([ops.array([3.0])], [variable], 1.0)
     if compiled:
         # TensorFlow adds where in the graph it happened.
         apply, message = tf.function(apply), re.escape(NOTHING)
@@ -420,7 +436,7 @@ def test_an_apply_without_an_add_is_refused(compiled):
     apply()
     with pytest.raises(error, match=message):
         apply()
-    sums.add([tf.constant([5.0])], [variable], 1.0)
+    sums.add([ops.array([5.0])], [variable], 1.0)
     assert moved(sums, variable) == 5.0
     assert int(sums.optimizer.iterations) == 2
 
@@ -451,12 +467,12 @@ def test_numpy_integers_are_integers():
 
 
 def test_another_backend(monkeypatch):
-    """TensorFlow only, for now."""
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    """Said at once, in one sentence."""
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(
         RuntimeError,
-        match=r"^Gradients are accumulated on Keras's TensorFlow backend "
-        r"only\. Received: backend='jax'\. Set the environment variable "
-        r"`KERAS_BACKEND=tensorflow`\.$",
+        match=r"^Gradients are accumulated on the Keras backends tensorflow, "
+        r"jax, torch only\. Received: backend='numpy'\. Set the environment "
+        r"variable `KERAS_BACKEND` to one of them\.$",
     ):
-        GradientAccumulationCallback(2).on_train_begin()
+        GradientAccumulationCallback(2)

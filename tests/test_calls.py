@@ -8,6 +8,9 @@ import pytest
 import tensorflow as tf
 
 from kaccum.tensorflow.calls import CompiledCall
+from tests.backends import needs_graphs
+
+pytestmark = needs_graphs
 
 
 def nesting(argument):

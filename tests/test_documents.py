@@ -17,6 +17,7 @@ from kaccum import (
     __main__,
     accumulate,
 )
+from tests.backends import BACKEND, needs_graphs, only_on
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text()
@@ -34,12 +35,21 @@ def test_the_readmes_program_prints_what_it_says():
     """The first program of the README, and the output below it."""
     blocks = re.findall(r"\.\. code-block:: \w+\n\n((?:    .*\n|\n)+)", README)
     program, output = (textwrap.dedent(b) for b in blocks[1:3])
-    assert run(program) == output.strip()
+    printed, output = run(program), output.strip()
+    if BACKEND == "tensorflow":
+        assert printed == output
+    # Other backends begin with other weights.
+    (line,) = set(printed.splitlines())
+    assert line.startswith(output[:2])
 
 
 @pytest.mark.parametrize(
     "documented",
-    [GradientAccumulationCallback, GradientAccumulator, accumulate],
+    [
+        GradientAccumulationCallback,
+        pytest.param(GradientAccumulator, marks=needs_graphs),
+        accumulate,
+    ],
     ids=lambda each: each.__name__,
 )
 def test_the_docstrings_example_prints_what_it_says(documented):
@@ -77,6 +87,7 @@ def test_the_main_job_cuts_large_batches(size, capsys):
     assert ("fit in memory" in printed) == (size == "auto")
 
 
+@only_on("tensorflow", "jax", reason="one device only")
 def test_the_main_job_has_replicas():
     """`--replicas`, where a program has made no strategy yet."""
     command = [sys.executable, "-m", "kaccum", "--epochs", "1", "--replicas"]

@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
+from keras import ops
 
 from kaccum import GradientAccumulationCallback
 from kaccum.session import Session
 from kaccum.window import Window
 from tests import reference
+from tests.backends import (
+    BACKEND,
+    EXECUTIONS,
+    fewer,
+    holds_memory,
+    needs_compiling,
+    needs_graphs,
+    only_on,
+)
 from tests.reference import Problem, build_model, data, fit_micro
 from tests.strategies import problems
 
@@ -59,7 +69,7 @@ def is_equal(a, b):
     return all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_nothing_changes_inside_a_window(execution):
     """Law 3: bit for bit equal inside, changed at the end."""
     problem = Problem(
@@ -103,7 +113,7 @@ def test_overflow_skips_one_update_and_halves_the_scale_once():
     )
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=fewer(8))
 @hypothesis.given(problems(execution="graph", validation=True, kind="mean"))
 def test_an_epoch_ends_with_no_open_window(problem):
     """Law 4: the short window is applied before validation and callbacks."""
@@ -191,7 +201,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(error, is_first):
     twin.optimizer.build(twin.trainable_variables)
     twin.set_weights(before)
     for mine, other in zip(model.optimizer.variables, twin.optimizer.variables):
-        other.assign(mine)
+        other.assign(mine.numpy())
     for plain in (model, twin):
         plain.train_on_batch(x[:4], y[:4])
         plain.fit(x, y, batch_size=4, shuffle=False, verbose=0)
@@ -299,6 +309,7 @@ def test_steps_of_one_is_a_plain_fit():
     assert plain.history == result.history
 
 
+@only_on("tensorflow", "torch", reason="JAX has zeros for no gradient")
 def test_a_variable_gets_the_gradients_there_are():
     """Law 8: some micro-batches, or all, have no gradient for a variable."""
 
@@ -314,7 +325,7 @@ def test_a_variable_gets_the_gradients_there_are():
 
         def call(self, x):
             out = self.always(x)
-            if float(tf.reduce_max(x)) > 5:
+            if isinstance(x, keras.KerasTensor) or float(ops.max(x)) > 5:
                 out = out + self.sometimes(x)
             return out
 
@@ -355,14 +366,15 @@ def test_a_variable_gets_the_gradients_there_are():
     )
 
 
+@needs_compiling
 def test_nothing_is_compiled_twice():
     """Law 10: not in a second fit, not with other steps, nor a short window."""
     traces = []
 
     class Counting(keras.Model):
-        def train_step(self, data):
+        def train_step(self, *arguments):
             traces.append(1)
-            return super().train_step(data)
+            return super().train_step(*arguments)
 
     inputs = keras.Input((reference.FEATURES,))
     model = Counting(inputs, keras.layers.Dense(reference.CLASSES)(inputs))
@@ -385,7 +397,9 @@ def test_nothing_is_compiled_twice():
     assert len(traces) == first
     model.compile("adam", "sparse_categorical_crossentropy")
     fit(by_epoch)
-    assert len(traces) == 2 * first
+    # (JAX knows a plain step again that Keras compiles anew.)
+    again = 1 if BACKEND == "jax" else 0
+    assert len(traces) == 2 * first - again
 
 
 def test_the_sums_are_freed_after_fit():
@@ -395,9 +409,10 @@ def test_the_sums_are_freed_after_fit():
     assert [len(a._sums) for a in session._step.accumulators] == [6]
     for accumulator in session._step.accumulators:
         for total in accumulator._sums.values():
-            assert tf.size(total.read_value()) == 0
+            assert not holds_memory(total)
 
 
+@needs_graphs
 def test_a_step_holds_no_conditional(monkeypatch):
     """XLA copies every variable that a conditional might write."""
     real = keras.Model.train_step

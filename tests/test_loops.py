@@ -6,10 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import ops
 
 from kaccum import GradientAccumulator, accumulate
 from tests import reference
 from tests import test_interrupts as interrupted
+from tests.backends import error_in_a_step, needs_graphs, only_on
 from tests.reference import Problem, build_model, data
 
 PROBLEM = Problem(examples=18)
@@ -78,7 +80,7 @@ def test_an_error_in_a_step_drops_the_open_window():
         train(model, 4)
         interrupted.Failing.error = ValueError("mine")
         try:
-            with pytest.raises(tf.errors.OpError, match="mine"):
+            with pytest.raises(error_in_a_step(ValueError), match="mine"):
                 model.train_on_batch(X[:4], Y[:4])
         finally:
             interrupted.Failing.error = None
@@ -88,7 +90,7 @@ def test_an_error_in_a_step_drops_the_open_window():
             interrupted.variables(twin),
             strict=True,
         ):
-            other.assign(mine)
+            other.assign(mine.numpy())
         train(model, 6)
     with accumulate(twin, 3):
         train(twin, 6)
@@ -163,7 +165,7 @@ class Gan:
         self.both = keras.Sequential([self.generator, self.discriminator])
         for model in (self.discriminator, self.both):
             loss = keras.losses.BinaryCrossentropy(from_logits=True)
-            model.compile(keras.optimizers.Adam(0.05), loss)
+            model.compile(keras.optimizers.Adam(0.05, epsilon=1e-3), loss)
         # As many write it: to be switched on only where it trains.
         self.discriminator.trainable = False
 
@@ -172,7 +174,8 @@ class Gan:
         self.discriminator.trainable = True
         for start in range(0, len(real), size):
             rows = slice(start, start + size)
-            x = np.concatenate([real[rows], self.generator(noise[rows])])
+            made = ops.convert_to_numpy(self.generator(noise[rows]))
+            x = np.concatenate([real[rows], made])
             y = np.repeat([1.0, 0.0], len(x) // 2)[:, None]
             self.discriminator.train_on_batch(x, y)
         self.discriminator.trainable = False
@@ -200,6 +203,7 @@ def test_a_gan_trains_as_with_large_batches():
         reference.assert_same(PROBLEM, micro, large)
 
 
+@needs_graphs
 @pytest.mark.parametrize("compiled", [None, False, True])
 def test_a_loop_of_ones_own_trains_as_the_large_batch(compiled):
     """Law 1, eagerly, in a `tf.function`, and under XLA."""
@@ -229,12 +233,13 @@ def test_an_add_of_some_variables_keeps_the_others():
     """Law 8: a window holds the gradients of all that were added."""
     one, two = (keras.Variable([0.0], name=name) for name in ("one", "two"))
     accumulator = GradientAccumulator(keras.optimizers.SGD(1.0))
-    accumulator.add([tf.ones(1), tf.ones(1)], [one, two], 1.0)
-    accumulator.add([3 * tf.ones(1)], [one], 1.0)
+    accumulator.add([ops.ones(1), ops.ones(1)], [one, two], 1.0)
+    accumulator.add([3 * ops.ones(1)], [one], 1.0)
     accumulator.apply()
-    assert (float(one[0]), float(two[0])) == (-2.0, -0.5)
+    assert (one.numpy()[0], two.numpy()[0]) == (-2.0, -0.5)
 
 
+@only_on("tensorflow", "torch", reason="Keras needs a gradient for each")
 def test_layers_are_frozen_and_thawed_without_compiling():
     """Eagerly, Keras looks at `trainable` in each step, and so do we."""
     problem = Problem(examples=18, execution="eager", epochs=1)
@@ -244,7 +249,7 @@ def test_layers_are_frozen_and_thawed_without_compiling():
             each.layers[0].trainable = not frozen
         with warnings.catch_warnings():
             # Of variables without a gradient: those that are frozen.
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", category=UserWarning)
             micro = reference.fit_micro(problem, model)
         large = reference.fit_large(problem, twin)
         reference.assert_same(problem, micro, large)

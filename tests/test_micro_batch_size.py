@@ -17,6 +17,18 @@ from hypothesis import strategies as st
 from kaccum import GradientAccumulationCallback, attempts
 from kaccum.session import Session
 from kaccum.sizes import MicroBatchSize
+from tests.backends import (
+    BACKEND,
+    EXECUTIONS,
+    compile_options,
+    error_in_a_step,
+    fewer,
+    needs_graphs,
+    needs_sparse,
+    out_of_memory,
+    out_of_memory_in_a_step,
+    through,
+)
 from tests.reference import (
     Problem,
     assert_same,
@@ -26,6 +38,12 @@ from tests.reference import (
     result_of,
 )
 
+# XLA runs no functions of the host on TensorFlow.
+WAYS = {
+    "tensorflow": ["graph", "eager"],
+    "jax": ["xla", "eager"],
+    "torch": ["eager"],
+}[BACKEND]
 EXAMPLES, FEATURES = 45, 4
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(EXAMPLES, FEATURES)).astype("float32")
@@ -75,7 +93,7 @@ def test_one_example_is_not_halved():
 # What `fit` shows is the large batch.
 
 
-@pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("steps_per_execution", [1, 2])
 def test_batches_may_change_their_size(execution, steps_per_execution):
     """Law 1, also where the length of the data is unknown."""
@@ -186,6 +204,7 @@ def test_every_leaf_is_cut():
     assert_same(problem, *results)
 
 
+@needs_sparse
 @pytest.mark.parametrize("kind", ["sparse", "ragged"])
 def test_ragged_and_sparse_inputs_are_cut(kind):
     """As many other arrays."""
@@ -236,7 +255,8 @@ def test_updates_are_batches():
     )
 
 
-@pytest.mark.parametrize("execution", ["graph", "xla"])
+@needs_graphs
+@pytest.mark.parametrize("execution", EXECUTIONS[:2])
 def test_each_size_is_compiled_once(execution):
     """Law 10: a trace for each size of a micro-batch, then a general one."""
     traced = []
@@ -300,25 +320,17 @@ class Hungry(keras.layers.Layer):
             if cls.larger > cls.patience or size >= 2 * cls.limit:
                 cls.larger = 0
                 cls.failed.append(size)
-                raise MemoryError("no more memory")
+                raise out_of_memory_in_a_step()
         return tensor
 
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
     def call(self, inputs):
-        def eat(tensor):
-            eaten = tf.py_function(self.eat, [tensor], tensor.dtype)
-            eaten.set_shape(tensor.shape)
-            return eaten
-
-        @tf.custom_gradient
-        def both(tensor):
-            def backward(gradient):
-                is_here = self.fails_in == "backward"
-                return eat(gradient) if is_here else gradient
-
-            is_here = self.fails_in == "forward"
-            return eat(tensor) if is_here else tf.identity(tensor), backward
-
-        return both(inputs)
+        pair = [lambda tensor: tensor, self.eat]
+        if self.fails_in == "forward":
+            pair.reverse()
+        return through(inputs, *pair)
 
 
 @pytest.fixture(autouse=True)
@@ -354,8 +366,7 @@ def hungry_model(execution="graph", layers=(), built=True):
         keras.optimizers.Adam(0.02, epsilon=1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy()],
-        run_eagerly=execution == "eager",
-        jit_compile=execution == "xla",
+        **compile_options(execution),
     )
     return model
 
@@ -388,7 +399,7 @@ def same(mine, other, problem=None):
     assert_same(problem or Problem(), mine, other)
 
 
-@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("execution", WAYS)
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
 @pytest.mark.parametrize("patience", [0, 2], ids=["first", "third"])
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
@@ -403,6 +414,22 @@ def test_auto_is_as_the_size_it_found(execution, fails_in, patience, built):
     assert callback.micro_batch_size == 3
     Hungry.feed(None)
     same(auto, fit(hungry_model(execution, stateful(), built), cut(3), 20))
+
+
+def test_a_failed_attempt_leaves_nothing_out():
+    """With `skip_nonfinite`: counted once, when the attempt succeeds."""
+    x = X[:20].copy()
+    x[0] = np.nan
+    Hungry.feed(4, patience=2)
+    callback = GradientAccumulationCallback(
+        micro_batch_size="auto", skip_nonfinite=True
+    )
+    log = hungry_model().fit(
+        x, Y[:20], 20, verbose=0, shuffle=False, callbacks=[callback]
+    )
+    assert Hungry.failed == [20, 10, 5]
+    assert log.history["skipped_micro_batches"] == [1]
+    assert callback.skipped_micro_batches == 1
 
 
 def test_auto_in_the_second_epoch_only():
@@ -433,7 +460,7 @@ def test_auto_under_xla(monkeypatch):
     def short_of_memory(batch, sizes, model):
         for i, micro_batch in enumerate(real(batch, sizes, model)):
             if sizes[0][0] > 2 and i == min(2, len(sizes) - 1):
-                raise tf.errors.ResourceExhaustedError(None, None, "no more")
+                raise out_of_memory()
             yield micro_batch
 
     def model():
@@ -441,7 +468,7 @@ def test_auto_under_xla(monkeypatch):
         stack = [keras.Input((FEATURES,)), *stateful(), keras.layers.Dense(3)]
         model = keras.Sequential(stack)
         loss = "sparse_categorical_crossentropy"
-        model.compile("adam", loss, jit_compile=True)
+        model.compile("adam", loss, **compile_options("xla"))
         return model
 
     monkeypatch.setattr(attempts.engine(), "cut", short_of_memory)
@@ -466,7 +493,7 @@ class TestEveryLimit:
     def variables(model):
         return [*model.variables, *model.optimizer.variables]
 
-    @hypothesis.settings(max_examples=15)
+    @hypothesis.settings(max_examples=fewer(15))
     @hypothesis.given(
         limit=st.integers(1, EXAMPLES),
         batch_size=st.integers(1, EXAMPLES),
@@ -521,20 +548,21 @@ def test_the_size_is_remembered(capsys):
     assert Hungry.seen[0] == callback.micro_batch_size == 10
 
 
-@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("execution", WAYS)
 def test_a_single_example_that_does_not_fit(execution):
     """The original error and a sentence; the state is that of before."""
     Hungry.feed(0)
     model = hungry_model(execution, stateful())
     before = [v.numpy() for v in model.variables]
     with pytest.raises(
-        tf.errors.ResourceExhaustedError,
+        type(out_of_memory()),
         match=r"(?s)no more memory.*\nA single example does not fit in memory, "
         r"so that no smaller micro-batch is left to try\.$",
     ):
         fit(model, cut("auto"))
     assert Hungry.seen == [10, 5, 3, 2, 1]
-    assert Session.of(model)._step.state._before is None
+    remembered = Session.of(model)._engine._before
+    assert getattr(remembered, "_before", remembered) is None
     for variable, value in zip(model.variables, before):
         np.testing.assert_array_equal(variable.numpy(), value)
     Hungry.feed(None)
@@ -548,13 +576,17 @@ def test_only_memory_is_tried_again():
     """Another error is the user's, also while one of memory is handled."""
 
     class Wrong(keras.layers.Layer):
+        def compute_output_spec(self, inputs):
+            return keras.KerasTensor(inputs.shape, inputs.dtype)
+
         def call(self, inputs):
-            if tf.executing_eagerly():
+            def fail(array):
                 raise ZeroDivisionError("mine")
-            return inputs
+
+            return through(inputs, fail, lambda gradient: gradient)
 
     model = hungry_model("eager", [Wrong()])
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(error_in_a_step(ZeroDivisionError), match="mine"):
         try:
             raise MemoryError
         except MemoryError:
@@ -582,30 +614,31 @@ def test_data_that_does_not_fit_is_not_tried_again():
     assert Hungry.seen == [] and callback.micro_batch_size == "auto"
 
 
-@pytest.mark.parametrize(
-    "wrapped",
-    [
-        lambda error: error,
-        lambda error: tf.errors.InternalError(
-            None, None, "RESOURCE_EXHAUSTED: Out of memory while trying"
-        ),
-    ],
-    ids=["itself", "as-text"],
-)
+def as_text():
+    """As the framework may say it, too."""
+    if BACKEND == "tensorflow":
+        text = "RESOURCE_EXHAUSTED: Out of memory while trying"
+        return tf.errors.InternalError(None, None, text)
+    if BACKEND == "torch":
+        text = "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't"
+        return RuntimeError(text)
+    return MemoryError("no more")
+
+
+@pytest.mark.parametrize("origin", [out_of_memory, as_text, MemoryError])
 @pytest.mark.parametrize("how", ["bare", "cause", "context"])
-def test_memory_that_ran_out_is_recognised(wrapped, how):
+def test_memory_that_ran_out_is_recognised(origin, how):
     """Whatever it is wrapped in."""
-    origin = wrapped(tf.errors.ResourceExhaustedError(None, None, "no more"))
-    error = origin
+    origin = error = origin()
     if how != "bare":
         error = RuntimeError("wrapped")
         setattr(error, f"__{how}__", origin)
-    engine = attempts.engine()
-    assert engine.is_out_of_memory(error)
-    assert not engine.is_out_of_memory(RuntimeError("wrapped"))
-    assert re.search(
-        r"\nAnd this\.$", engine.out_of_memory(error, "And this.").message
-    )
+    assert attempts._out_of_memory(error, None) is origin
+    assert attempts._out_of_memory(error, origin) is None
+    assert attempts._out_of_memory(RuntimeError("wrapped"), None) is None
+    again = attempts.engine().out_of_memory(origin, "And this.")
+    assert isinstance(again, type(out_of_memory()))
+    assert re.search(r"\nAnd this\.$", getattr(again, "message", str(again)))
 
 
 def test_steps_first_then_auto():

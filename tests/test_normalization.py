@@ -14,17 +14,31 @@ from hypothesis import strategies as st
 from kaccum import GradientAccumulationCallback, accumulate
 from kaccum.patches import SharedPatch
 from kaccum.statistics import Pool, telling
+from tests.backends import (
+    BACKEND,
+    fewer,
+    needs_compiling,
+    needs_graphs,
+    needs_strategies,
+    only_on,
+    out_of_memory_in_a_step,
+    through,
+)
 from tests.reference import strategy_of
 from tests.test_laws import is_equal
 
 BatchNormalization = keras.layers.BatchNormalization
 FEATURES = 3
+# Where Keras takes a variance for the mean of squares less the squared mean
+# (3.15), that of a batch loses digits if its mean is large.
+LARGE_MEAN = 50 if BACKEND == "tensorflow" else 2
 
 
 def data(examples, shape=(FEATURES,), seed=0):
     """Features whose means are much larger than their deviations."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(examples, *shape)) * [0.5, 1.0, 2.0] + [50, 0, -9]
+    x = rng.normal(size=(examples, *shape)) * [0.5, 1.0, 2.0]
+    x += [LARGE_MEAN, 0, -LARGE_MEAN / 5]
     return x.astype("float32"), rng.normal(size=(examples, 1)).astype("float32")
 
 
@@ -69,7 +83,7 @@ def assert_close(model, truth):
         np.testing.assert_allclose(m, t, rtol=2e-5, atol=2e-5)
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=fewer(20))
 @hypothesis.given(
     examples=st.integers(1, 30),
     micro_batch=st.integers(1, 6),
@@ -78,12 +92,16 @@ def assert_close(model, truth):
     shape=st.sampled_from([(FEATURES,), (2, 4, FEATURES)]),
     is_cut=st.booleans(),
     options=st.sampled_from(
-        [
-            {},
-            {"jit_compile": True},
-            {"run_eagerly": True},
-            {"steps_per_execution": 3},
-        ]
+        {
+            "tensorflow": [
+                {},
+                {"jit_compile": True},
+                {"run_eagerly": True},
+                {"steps_per_execution": 3},
+            ],
+            "jax": [{}, {"run_eagerly": True}, {"steps_per_execution": 3}],
+            "torch": [{}],
+        }[BACKEND]
     ),
 )
 def test_statistics_of_a_first_layer_are_the_large_batchs(
@@ -133,7 +151,10 @@ def nested():
         nested,
         lambda: [Subclass(momentum=0.6)],
         lambda: [Twice(BatchNormalization(momentum=0.5))],
-        lambda: [BatchNormalization(synchronized=True)],
+        pytest.param(
+            lambda: [BatchNormalization(synchronized=True)],
+            marks=needs_strategies,
+        ),
         lambda: [BatchNormalization(dtype="mixed_float16", momentum=0.5)],
         lambda: [BatchNormalization(scale=False, center=False, momentum=0.5)],
         lambda: [BatchNormalization(trainable=False)],
@@ -147,6 +168,7 @@ def test_every_kind_of_layer(first):
     assert_close(model, fit(model_of(first()), x, y, 12))
 
 
+@only_on("tensorflow", "torch", reason="nothing depends on values")
 def test_a_layer_that_is_not_called_keeps_its_statistics():
     """In a whole window: it saw nothing, not zeros."""
 
@@ -162,7 +184,8 @@ def test_a_layer_that_is_not_called_keeps_its_statistics():
             return shape
 
         def call(self, inputs, training=None):
-            if float(keras.ops.max(inputs)) > 1000:
+            is_symbolic = isinstance(inputs, keras.KerasTensor)
+            if not is_symbolic and float(keras.ops.max(inputs)) > 1000:
                 return inputs
             return self.normalization(inputs, training=training)
 
@@ -189,7 +212,10 @@ def test_one_axis_of_many():
     assert_close(model, fit(build(), x, y, 12))
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"jit_compile": True}, marks=needs_compiling)],
+)
 def test_masked_elements_do_not_count(options):
     """Each micro-batch counts by its unmasked elements."""
     x, y = data(22, (5, FEATURES))
@@ -213,11 +239,14 @@ def test_masked_elements_do_not_count(options):
 def test_statistics_are_still_inside_a_window():
     """Bit for bit; they change with the update."""
     x, y = data(20)
-    model, seen = model_of([BatchNormalization()]), []
-    log = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: seen.append(statistics_of(model))
-    )
-    fit(model, x, y, 4, GradientAccumulationCallback(2), log, epochs=1)
+    seen = []
+
+    class Sees(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(statistics_of(self.model))
+
+    model = model_of([BatchNormalization()])
+    fit(model, x, y, 4, GradientAccumulationCallback(2), Sees(), epochs=1)
     same = [is_equal(a, b) for a, b in zip(seen, seen[1:])]
     assert same == [False, True, False, True]
 
@@ -283,10 +312,16 @@ def test_a_batch_tried_again_counts_once():
     fails = [True]
 
     class Fails(keras.layers.Layer):
+        def compute_output_spec(self, inputs):
+            return keras.KerasTensor(inputs.shape, inputs.dtype)
+
         def call(self, inputs):
-            if fails and inputs.shape[0] == 12:
-                raise tf.errors.ResourceExhaustedError(None, None, "mine")
-            return inputs
+            def see(array):
+                if fails and len(array) == 12:
+                    raise out_of_memory_in_a_step()
+                return array
+
+            return through(inputs, see, lambda gradient: gradient)
 
     def build():
         options = {"run_eagerly": True}
@@ -317,6 +352,7 @@ def test_a_nonfinite_micro_batch_is_not_pooled(options):
     assert_close(model, fit(build(), x, y, 24, epochs=1))
 
 
+@needs_strategies
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_replicas_pool_their_statistics(replicas, synchronized):
@@ -394,6 +430,7 @@ for batch in (3, 5):
     assert not after.startswith("[0.0")
 
 
+@needs_compiling
 def test_nothing_listens_while_a_compiled_step_runs(monkeypatch):
     """A step that is compiled already pays nothing."""
     x, y = data(20)
@@ -427,7 +464,7 @@ def test_half_precision_is_rounded_once_an_update(dtype):
 
     model = fit(build(), x, y, 8, GradientAccumulationCallback(4), epochs=9)
     truth = mean_of(fit(build(), x, y, 32, epochs=9))
-    assert np.all(np.isfinite(truth)) and abs(truth[0]) > 1
+    assert np.all(np.isfinite(truth)) and abs(truth[0]) > LARGE_MEAN / 10
     np.testing.assert_allclose(mean_of(model), truth, rtol=0.02)
 
 
@@ -454,6 +491,7 @@ def test_data_of_unknown_length_leaves_nothing_in_the_pool():
     )
 
 
+@needs_graphs
 @pytest.mark.filterwarnings("ignore:The moving statistics of a layer")
 def test_a_function_of_ones_own_is_left_alone():
     """It outlives the fit: its layers move averages after it, too."""
@@ -483,7 +521,7 @@ def mean_of_means(first, second):
     """Micro-batches count alike."""
     calls, _, mean, variance = first
     more, _, other, others = second
-    share = tf.math.divide_no_nan(more, calls + more)
+    share = keras.ops.divide_no_nan(more, calls + more)
     return [
         calls + more,
         calls + more,
@@ -498,7 +536,7 @@ def no_variance_of_means(first, second):
     """Only the mean of the variances."""
     calls, size, mean, variance = first
     more, other_size, other, others = second
-    share = tf.math.divide_no_nan(other_size, size + other_size)
+    share = keras.ops.divide_no_nan(other_size, size + other_size)
     return [
         calls + more,
         size + other_size,

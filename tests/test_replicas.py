@@ -17,6 +17,7 @@ from kaccum import (
     GradientAccumulator,
     accumulate,
 )
+from tests.backends import needs_strategies
 from tests.reference import (
     Problem,
     assert_same,
@@ -30,6 +31,7 @@ from tests.reference import (
 )
 from tests.strategies import OPTIMIZERS, OPTIONS, problems
 
+pytestmark = needs_strategies
 MIRRORED = [2, 3]
 EVERY = [1, *MIRRORED]
 

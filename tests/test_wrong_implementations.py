@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-import tensorflow as tf
+from keras import ops
 
 from kaccum import GradientAccumulator
 from kaccum import callback as callback_module
@@ -18,12 +18,12 @@ def divides_by_steps(monkeypatch):
     monkeypatch.setattr(
         weights,
         "weight_of",
-        lambda *_, **__: tf.constant(1.0 / Problem().steps),
+        lambda *_, **__: 1.0 / Problem().steps,
     )
     real = GradientAccumulator._window_gradients
 
     def window_gradients(self, weight, count, sums):
-        return real(self, tf.ones_like(weight), count, sums)
+        return real(self, ops.ones_like(weight), count, sums)
 
     monkeypatch.setattr(
         GradientAccumulator, "_window_gradients", window_gradients
@@ -32,7 +32,7 @@ def divides_by_steps(monkeypatch):
 
 def weighs_all_the_same(monkeypatch):
     """A mean of means."""
-    monkeypatch.setattr(weights, "weight_of", lambda *_, **__: tf.constant(1.0))
+    monkeypatch.setattr(weights, "weight_of", lambda *_, **__: 1.0)
 
 
 def drops_the_short_window(monkeypatch):

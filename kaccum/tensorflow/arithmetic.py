@@ -44,6 +44,31 @@ def new_sum(shape: Any, dtype: str, beside: Any = None) -> tf.Variable:
     return outside_of_traces(make, device)
 
 
+def new_variable(shape: Any, dtype: Any, name: str) -> keras.Variable:
+    """A Keras variable of zeros, of which each replica has its own."""
+    return keras.Variable(
+        "zeros",
+        shape,
+        dtype,
+        trainable=False,
+        # It may be read inside of a layer, which may compute in half.
+        autocast=False,
+        aggregation="sum",
+        synchronization="on_read",
+        name=name,
+    )
+
+
+def note(value: Any) -> Any:
+    """A scalar of a step, for `noted`."""
+    return value
+
+
+def noted(note: Any) -> Any:
+    """The scalar that was noted."""
+    return note
+
+
 def value_of(total: tf.Variable) -> tf.Tensor:
     """What a sum holds, on all replicas where it is not asked by one."""
     return tf.convert_to_tensor(total)
@@ -85,9 +110,15 @@ def take_larger(total: tf.Variable, value: Any) -> None:
     total.assign(tf.maximum(total, value))
 
 
-def add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
-    """`total += weight * gradient`, in one pass over memory."""
-    weight = tf.cast(weight, total.dtype)
+def add_weighted(
+    sums: Sequence[tf.Variable], gradients: Sequence[Any], weight: Any
+) -> None:
+    """`total += weight * gradient`, each in one pass over memory."""
+    for total, gradient in zip(sums, gradients):
+        _add_weighted(total, gradient, tf.cast(weight, total.dtype))
+
+
+def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
     if isinstance(gradient, tf.IndexedSlices):
         values = weight * tf.cast(gradient.values, total.dtype)
         tf.raw_ops.ResourceScatterAdd(
@@ -99,6 +130,16 @@ def add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
             alpha=-weight,
             delta=tf.cast(gradient, total.dtype),
         )
+
+
+def divided(tensors: Sequence[Any], by: Any) -> list[Any]:
+    """The tensors divided by a scalar, zeros where that is zero."""
+
+    def share(dtype: Any) -> Any:
+        return tf.math.divide_no_nan(tf.ones((), dtype), tf.cast(by, dtype))
+
+    shares = {dtype: share(dtype) for dtype in {t.dtype for t in tensors}}
+    return [tensor * shares[tensor.dtype] for tensor in tensors]
 
 
 def empty(total: tf.Variable, after: Any = None) -> None:
@@ -157,6 +198,20 @@ def _assign(total: tf.Variable, value: tf.Tensor) -> list[tf.Operation]:
 def _resource(variable: Any) -> Any:
     is_keras = isinstance(variable, keras.Variable)
     return variable.value if is_keras else variable
+
+
+def train_step_of(model: keras.Model) -> Callable[[Any], Any]:
+    """A model's training step: a function of what `fit` gives it.
+
+    A `tf.function` would be traced once, for *add* and *update* alike.
+    """
+    step = model.train_step
+    return getattr(step, "python_function", step)
+
+
+def knows_shapes() -> bool:
+    """Whether Keras knows the size of a batch while a step runs."""
+    return is_eager()
 
 
 def is_eager() -> bool:
@@ -261,6 +316,11 @@ def is_reachable(tensor: Any) -> bool:
     return graph is not None
 
 
+def whole_state() -> AbstractContextManager[None]:
+    """A context that knows the value of every variable of the model."""
+    return contextlib.nullcontext()
+
+
 def trace() -> Any:
     """What is being traced, or `None` where what is called is run now."""
     return None if is_eager() else tf.compat.v1.get_default_graph()
@@ -278,12 +338,17 @@ def is_traced_in(outer: Any) -> bool:
     return inner is outer
 
 
-def use_full_precision() -> str:
-    """Turns TensorFloat-32 off, for comparisons to rounding.
-
-    Returns:
-        The name of the device that TensorFlow computes on by default.
-    """
+def use_full_precision() -> None:
+    """Turns TensorFloat-32 off, for comparisons to rounding."""
     tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def device_name() -> str:
+    """The device that TensorFlow computes on by default."""
     gpus = tf.config.list_logical_devices("GPU")
     return gpus[0].name if gpus else "CPU (not run on a GPU)"
+
+
+def can_hear() -> bool:
+    """Whether what is called now may use variables of ours."""
+    return True

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kaccum.batches import common_length
 from kaccum.tensorflow.replicas import local_values, replicas
 
 
@@ -26,15 +27,8 @@ def examples_in(batch: Any) -> list[int]:
     for part in _of_each_replica(batch):
         arrays = [leaf for leaf in keras.tree.flatten(part) if _is_array(leaf)]
         lengths = {_length(array) for array in arrays}
-        count = lengths.pop() if len(lengths) == 1 else None
-        if count is None:
-            shapes = keras.tree.map_structure(_shape_or_type, part)
-            raise ValueError(
-                "All arrays of a batch must have the same examples along their "
-                "first axis to be cut into micro-batches. Received: a batch of "
-                f"shapes {shapes}."
-            )
-        counts.append(count)
+        shapes = keras.tree.map_structure(_shape_or_type, part)
+        counts.append(common_length(lengths, shapes))
     return counts
 
 

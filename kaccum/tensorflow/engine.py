@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
+from kaccum.backend import Ran
+from kaccum.engine import AssigningEngine
 from kaccum.patches import Patch, patched
 from kaccum.tensorflow.arithmetic import after
 from kaccum.tensorflow.calls import CompiledCall, is_dataset
@@ -25,21 +27,7 @@ if TYPE_CHECKING:
 END_OF_DATA = (StopIteration, tf.errors.OutOfRangeError)
 
 
-class Ran(NamedTuple):
-    """What a call of a train function did.
-
-    Args:
-        logs: The last step's logs.
-        micro_batches: How many there were before the data came to its end.
-        updates: How many updates were made.
-    """
-
-    logs: Any
-    micro_batches: int
-    updates: int
-
-
-class Engine:
+class Engine(AssigningEngine):
     """Compiled versions of a training step.
 
     The model's own `make_train_function` makes what runs on a batch, so that it
@@ -55,9 +43,7 @@ class Engine:
     end_of_data = END_OF_DATA
 
     def __init__(self, model: keras.Model, step: TrainingStep) -> None:
-        self._model = model
-        self._step = step
-        self._plain = model.train_function
+        super().__init__(model, step)
         self._plain_step = self._make(model.train_step)
         self._add_step = self._make(step.run)
         self._functions: dict[Any, Callable[..., Any]] = {}
@@ -65,8 +51,8 @@ class Engine:
 
     def start(self) -> None:
         """Makes ready for training: all sums are empty."""
-        with scope_of(self._model):
-            self._step.start()
+        with scope_of(self.model):
+            super().start()
 
     def run(self, iterator: Any, closes: list[bool], *, is_plain: bool) -> Ran:
         """Runs one training step for each entry of `closes`.
@@ -83,7 +69,7 @@ class Engine:
             return Ran(self._plain(iterator), 1, 1)
         # Under a strategy TensorFlow loses an operand of such loops (2.21).
         has_loop = len(closes) > 1 and isinstance(iterator, tf.data.Iterator)
-        if has_loop and not self._model.run_eagerly:
+        if has_loop and not self.model.run_eagerly:
             loop = self._compiled(self._run_many, is_plain=is_plain)
             logs, ran, updates = loop((iterator, tf.constant(closes)))
             return Ran(logs, int(ran), int(updates))
@@ -124,11 +110,11 @@ class Engine:
         for function in self._functions.values():
             if isinstance(function, CompiledCall):
                 function.forget()
-        self._step.release()
+        super().stop()
 
     def _make(self, train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What Keras makes of a `train_step`, for a single batch."""
-        model = self._model
+        model = self.model
         shadow = Patch(model, "train_step", train_step)
         try:
             with patched([shadow]):
@@ -147,21 +133,21 @@ class Engine:
         key = (function.__name__, *options.values(), version)
         if key not in self._functions:
             run = functools.partial(function, **options)
-            is_eager = self._model.run_eagerly
+            is_eager = self.model.run_eagerly
             self._functions[key] = run if is_eager else CompiledCall(run)
         return self._functions[key]
 
     def _apply(self) -> None:
         """Makes the update, compiled as the model is."""
         version = self._step.version
-        if self._model.run_eagerly:
+        if self.model.run_eagerly:
             self._update(compiled=lambda apply: apply)
             return
         if version not in self._applies:
             compiled = functools.partial(
                 tf.function,
                 autograph=False,
-                jit_compile=self._model.jit_compile,
+                jit_compile=self.model.jit_compile,
             )
             update = functools.partial(self._update, compiled=compiled)
             self._applies[version] = tf.function(
@@ -170,7 +156,7 @@ class Engine:
         self._applies[version]()
 
     def _update(self, compiled: Callable[..., Callable[[], Any]]) -> None:
-        run = self._model.distribute_strategy.run
+        run = self.model.distribute_strategy.run
         compiled(lambda: run(self._step.apply))()
         # XLA would hold the sums and their zeros at the same time.
         run(self._step.empty)

@@ -43,7 +43,7 @@ def check_devices(model: keras.Model) -> None:
         )
 
 
-def mirrored(count: int) -> tf.distribute.MirroredStrategy:
+def devices(count: int) -> tf.distribute.MirroredStrategy:
     """A strategy of so many GPUs, or else of parts of the processor.
 
     To be called before anything is computed.

@@ -1,0 +1,226 @@
+"""What differs between the backends of Keras.
+
+What cannot apply on all of them is marked, with the reason.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+BACKEND = keras.backend.backend()
+
+
+def only_on(*backends, reason):
+    """Marks a test of what the other backends do not have."""
+    return pytest.mark.skipif(
+        BACKEND not in backends, reason=f"{BACKEND}: {reason}"
+    )
+
+
+needs_strategies = only_on("tensorflow", reason="no tf.distribute")
+needs_graphs = only_on("tensorflow", reason="no graphs or tf.function")
+needs_sparse = only_on("tensorflow", reason="no sparse gradients or inputs")
+needs_compiling = only_on("tensorflow", "jax", reason="nothing is compiled")
+
+#: How a model can be compiled, for `tests.reference.Problem`.
+EXECUTIONS = {
+    "tensorflow": ["graph", "xla", "eager"],
+    "jax": ["xla", "eager"],
+    "torch": ["eager"],
+}[BACKEND]
+
+
+def compile_options(execution="graph", steps_per_execution=1):
+    """Those of `compile`, as far as the backend has them."""
+    is_xla = execution == "xla"
+    return {
+        "tensorflow": {
+            "run_eagerly": execution == "eager",
+            "jit_compile": is_xla,
+            "steps_per_execution": steps_per_execution,
+        },
+        # Compiled by XLA, or not at all.
+        "jax": {
+            "run_eagerly": execution == "eager",
+            "jit_compile": execution != "eager",
+            "steps_per_execution": steps_per_execution,
+        },
+        "torch": {"jit_compile": False},
+    }[BACKEND]
+
+
+def out_of_memory(message="no more memory"):
+    """The error that says so."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.errors.ResourceExhaustedError(None, None, message)
+    if BACKEND == "jax":
+        import jax
+
+        return jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+    import torch
+
+    return torch.OutOfMemoryError(message)
+
+
+def out_of_memory_in_a_step():
+    """The error that the host raises in a step for it to say so."""
+    # TensorFlow makes one of its own of this one only.
+    is_tensorflow = BACKEND == "tensorflow"
+    return MemoryError("no more memory") if is_tensorflow else out_of_memory()
+
+
+def error_in_a_step(kind):
+    """What becomes of an error of `kind` that the host raises in a step."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.errors.OpError
+    if BACKEND == "jax":
+        import jax
+
+        # What was called before raises the one, what is new the other.
+        return jax.errors.JaxRuntimeError, ValueError
+    return kind
+
+
+def holds_memory(total):
+    """Whether a sum takes memory for its numbers."""
+    if BACKEND == "tensorflow":
+        return keras.ops.size(total.read_value()) > 0
+    if BACKEND == "jax":
+        return total.now is not None
+    return total.untyped_storage().nbytes() > 0
+
+
+def through(tensor, forward, backward):
+    """The tensor, seen by functions of the host on its way and way back.
+
+    Args:
+        tensor: A tensor.
+        forward: Function of an array that returns it, or raises.
+        backward: The same, of the gradient.
+    """
+    return _THROUGH[BACKEND](tensor, forward, backward)
+
+
+def _through_tensorflow(tensor, forward, backward):
+    import tensorflow as tf
+
+    def seen(see, tensor):
+        out = tf.py_function(lambda t: see(t.numpy()), [tensor], tensor.dtype)
+        out.set_shape(tensor.shape)
+        return out
+
+    @tf.custom_gradient
+    def both(tensor):
+        return seen(forward, tensor), lambda g: seen(backward, g)
+
+    return both(tensor)
+
+
+def _through_jax(tensor, forward, backward):
+    import jax
+
+    def seen(see, tensor):
+        shape = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+        return jax.pure_callback(lambda t: see(np.asarray(t)), shape, tensor)
+
+    both = jax.custom_vjp(lambda tensor: seen(forward, tensor))
+    both.defvjp(
+        lambda tensor: (seen(forward, tensor), None),
+        lambda _, gradient: (seen(backward, gradient),),
+    )
+    return both(tensor)
+
+
+def _through_torch(tensor, forward, backward):
+    import torch
+
+    if tensor.is_meta:
+        # Keras builds the model.
+        return tensor
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(context, tensor):
+            forward(tensor.detach().cpu().numpy())
+            return tensor.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            backward(gradient.detach().cpu().numpy())
+            return gradient
+
+    return Both.apply(tensor)
+
+
+_THROUGH = {
+    "tensorflow": _through_tensorflow,
+    "jax": _through_jax,
+    "torch": _through_torch,
+}
+
+
+def own_step(loss, has_variables=True):
+    """A `train_step` of one's own, as Keras's guides write it.
+
+    Args:
+        loss: Function of targets and outputs that returns a scalar.
+        has_variables: Whether `optimizer.apply` is given them.
+    """
+
+    def of_tensorflow(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            value = loss(y, self(x, training=True))
+        variables = self.trainable_variables
+        gradients = tape.gradient(value, variables)
+        self.optimizer.apply(gradients, *[variables][:has_variables])
+        return {"own": value}
+
+    def of_jax(self, state, data):
+        import jax
+
+        trainable, non_trainable, optimizer, metrics = state
+        x, y = data
+
+        def compute(trainable, non_trainable):
+            y_pred, non_trainable = self.stateless_call(
+                trainable, non_trainable, x, training=True
+            )
+            return loss(y, y_pred), non_trainable
+
+        differentiate = jax.value_and_grad(compute, has_aux=True)
+        (value, non_trainable), gradients = differentiate(
+            trainable, non_trainable
+        )
+        trainable, optimizer = self.optimizer.stateless_apply(
+            optimizer, gradients, trainable
+        )
+        return {"own": value}, (trainable, non_trainable, optimizer, metrics)
+
+    def of_torch(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        value = loss(y, self(x, training=True))
+        value.backward()
+        variables = self.trainable_variables
+        gradients = [v.value.grad for v in variables]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, *[variables][:has_variables])
+        return {"own": value}
+
+    return {"tensorflow": of_tensorflow, "jax": of_jax, "torch": of_torch}[
+        BACKEND
+    ]
+
+
+def fewer(count):
+    """How many `fit`s to draw: fewer where TensorFlow drew as many before."""
+    return count if BACKEND == "tensorflow" else -(-count // 4)

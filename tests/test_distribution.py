@@ -1,0 +1,166 @@
+"""Laws 1 and 2 on several devices: `keras.distribution`, on JAX."""
+
+import socket
+import subprocess
+import sys
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from kaccum.session import Session
+from tests.backends import only_on
+from tests.reference import (
+    Problem,
+    assert_same,
+    data,
+    fit_large,
+    fit_micro,
+    result_of,
+)
+from tests.strategies import KINDS
+
+pytestmark = only_on("jax", reason="`keras.distribution` is of JAX")
+
+
+def data_parallel(devices):
+    """A distribution over so many parts of the processor, or GPUs."""
+    names = keras.distribution.list_devices()
+    return keras.distribution.DataParallel(devices=names[:devices])
+
+
+def model_parallel():
+    """Two groups of devices for the data, two parts of each kernel."""
+    mesh = keras.distribution.DeviceMesh(
+        (2, 2), ["batch", "model"], keras.distribution.list_devices()[:4]
+    )
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*embeddings"] = (None, "model")
+    layouts[".*dense/kernel"] = ("model", None)
+    return keras.distribution.ModelParallel(
+        layout_map=layouts, batch_dim_name="batch"
+    )
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    devices=st.sampled_from([2, 4]),
+    batches=st.integers(1, 7),
+    last=st.integers(1, 2),
+    steps=st.integers(2, 4),
+    cut=st.booleans(),
+    kind=st.sampled_from(KINDS),
+    options=st.sampled_from([(), (("global_clipnorm", 0.05),)]),
+    steps_per_execution=st.sampled_from([1, 3]),
+)
+def test_devices_train_as_one(devices, batches, last, **fields):
+    """Whatever the loss; the last batch is a short one."""
+    # (Keras needs batches that the devices divide.)
+    problem = Problem(
+        examples=devices * (2 * (batches - 1) + last),
+        micro_batch=2 * devices,
+        optimizer="SGD",
+        execution="xla",
+        **fields,
+    )
+    with data_parallel(devices).scope():
+        micro = fit_micro(problem)
+    assert_same(problem, micro, fit_large(problem))
+
+
+class Watches(keras.callbacks.Callback):
+    """Looks where weights and their sums are, inside of a window."""
+
+    def on_train_begin(self, logs=None):
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        session = Session.installed_on(self.model)
+        (accumulator,) = session._step.accumulators
+        for variable in self.model.trainable_variables:
+            arrays = variable.value, accumulator._sums[id(variable)].now
+            parts = [a.sharding.shard_shape(a.shape) for a in arrays]
+            self.seen.append((tuple(variable.shape), *parts))
+
+
+@pytest.mark.parametrize("execution", ["xla", "eager"])
+@pytest.mark.parametrize("cut", [False, True], ids=["steps", "cut"])
+@pytest.mark.parametrize("kind", ["mean", "mask"])
+def test_weights_in_parts_train_as_whole_ones(kind, cut, execution):
+    """`ModelParallel`: the sums are where their weights are."""
+    fields = {"examples": 22, "kind": kind, "cut": cut, "execution": execution}
+    problem = Problem(options=(("epsilon", 1e-3),), **fields)
+    # Layers are named anew.
+    keras.backend.clear_session()
+    watches = Watches()
+    with model_parallel().scope():
+        micro = fit_micro(problem, callbacks=[problem.callback, watches])
+    assert_same(problem, micro, fit_large(problem))
+    assert all(weight == total for _, weight, total in watches.seen)
+    in_parts = {shape for shape, part, _ in watches.seen if shape != part}
+    assert len(in_parts) == (2 if kind == "mask" else 1)
+
+
+PROGRAM = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "jax"
+import keras, numpy as np
+address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+keras.distribution.initialize(address, 2, index)
+everything = keras.distribution.DataParallel(auto_shard_dataset=False)
+keras.distribution.set_distribution(everything)
+from kaccum.backend import engine
+engine().use_full_precision()
+from tests import test_distribution as tests
+tests.train(tests.PROBLEM, index, folder)
+"""
+PROBLEM = Problem(
+    examples=20, micro_batch=4, optimizer="SGD", execution="xla"
+)
+
+
+def train(problem, process, folder):
+    """What one of two processes does: it has half of each batch."""
+    from tests.reference import build_model
+
+    x, y, _ = data(problem)
+    model = build_model(problem)
+    history = model.fit(
+        x[process::2],
+        y[process::2],
+        batch_size=problem.batch // 2,
+        epochs=problem.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[problem.callback],
+    ).history
+    # All processes must save: Keras has them meet in it.
+    model.save(f"{folder}/{process}.keras")
+    np.savez(f"{folder}/{process}.npz", **history)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """As on two machines, here over the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(index), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    for process in processes:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    large = fit_large(PROBLEM)
+    for process in (0, 1):
+        model = keras.saving.load_model(tmp_path / f"{process}.keras")
+        loaded = np.load(tmp_path / f"{process}.npz")
+        history = {name: loaded[name].tolist() for name in loaded.files}
+        assert_same(PROBLEM, result_of(model, history), large)
