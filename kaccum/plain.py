@@ -40,6 +40,11 @@ def sum_over_replicas(tensors: Sequence[Any]) -> list[Any]:
     return list(tensors)
 
 
+def dense(gradient: Any) -> Any:
+    """A gradient as a tensor."""
+    return gradient
+
+
 def as_row(value: Any) -> Any:
     """A tensor with a row for each replica."""
     return ops.convert_to_tensor(value)[None]

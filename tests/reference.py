@@ -1,20 +1,21 @@
-"""The oracle: the plain large-batch fit, written from the definition.
+"""The problems that are tested, and their oracle, the plain large-batch fit.
 
-Nothing of kaccum is used here but the callback that is tested.
+Nothing of kaccum is used here but `kaccum.testing` and devices.
 """
 
 import dataclasses
 import functools
-import math
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from kaccum import GradientAccumulationCallback
+from kaccum import testing
 from kaccum.backend import engine
+from kaccum.testing import differences, result_of
 from tests.backends import BACKEND, compile_options
+
+__all__ = ["differences", "result_of"]
 
 TOKENS, LENGTH, FEATURES, CLASSES = 7, 5, 4, 3
 
@@ -22,17 +23,15 @@ OF_TOKENS = ("mask", "mask_mean_with_sample_weight", "sum_of_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(testing.Run):
     """A whole training run, small enough for a test.
 
-    `kind` says how the loss is reduced: one of `tests.strategies.KINDS`. Either
-    `fit` is asked for micro-batches, or, with `cut`, for large batches.
+    `kind` says how the loss is reduced: one of `tests.strategies.KINDS`.
     """
 
     examples: int = 18
     micro_batch: int = 4
     steps: int = 3
-    cut: bool = False
     epochs: int = 2
     kind: str = "mean"
     token_weights: bool = False
@@ -56,47 +55,18 @@ class Problem:
     replicas: int = 0
 
     @property
-    def large_batch(self):
-        """Examples in a full window."""
-        return self.micro_batch * self.steps
-
-    @property
-    def batch(self):
-        """Examples in a batch of `fit`, with kaccum."""
-        return self.large_batch if self.cut else self.micro_batch
-
-    @property
     def alone(self):
         """The same problem without a strategy."""
         return dataclasses.replace(self, replicas=0)
 
-    @property
-    def callback(self):
-        """What makes an update of each large batch."""
-        if self.cut:
-            return GradientAccumulationCallback(
-                micro_batch_size=self.micro_batch
-            )
-        return GradientAccumulationCallback(self.steps)
-
 
 def tolerance(problem):
-    """How far rounding may move a weight, relative to its array's largest.
-
-    Every micro-batch rounds its gradient, and optimizers such as Adam divide
-    by a gradient that may be small. A rounding unit of float32 is 6e-8.
-    """
-    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(problem.policy)
-    if unit is not None:
-        return 4 * unit * math.sqrt(problem.steps)
+    """How far rounding may move a weight, relative to its array's largest."""
     if problem.policy.startswith("mixed_"):
         # The layers compute in half precision, on batches of other sizes.
-        unit = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}[
-            problem.policy
-        ]
-        return 2 * unit * math.sqrt(problem.steps)
-    # Also under a float64 policy: Keras computes losses in float32 (floatx).
-    return 64 * 2.0**-24 * math.sqrt(problem.steps)
+        dtype = problem.policy.removeprefix("mixed_")
+        return testing.tolerance(problem.steps, dtype) / 2
+    return testing.tolerance(problem.steps, problem.policy)
 
 
 def data(problem):
@@ -257,93 +227,47 @@ class _AddsLoss(keras.layers.Layer):
         return inputs
 
 
-@dataclasses.dataclass
-class Result:
-    """What a run ended with."""
-
-    model: Any
-    history: dict
-    weights: list
-    state: list
-    iterations: int
-
-
-def result_of(model, history):
-    """Reads everything that law 1 compares."""
-    return Result(
-        model,
-        history,
-        [np.asarray(v.numpy(), "float64") for v in model.variables],
-        [np.asarray(v.numpy(), "float64") for v in model.optimizer.variables],
-        int(model.optimizer.iterations.numpy()),
-    )
-
-
 def fit_large(problem, model=None):
     """The truth: one batch an update, and no callback."""
-    model = model or build_model(problem.alone)
-    if model.built and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    if BACKEND == "tensorflow":
-        _densify(model.optimizer)
     x, y, w = data(problem)
-    history = model.fit(
+    return testing.fit_large(
+        problem,
+        model or build_model(problem.alone),
         x,
         y,
         sample_weight=w,
-        batch_size=problem.large_batch,
         **_fit_options(problem),
-    ).history
-    vars(model.optimizer).pop("apply", None)
-    return result_of(model, history)
+    )
 
 
 def fit_micro(problem, model=None, callbacks=None):
     """The same run in micro-batches, with kaccum."""
     model = model or build_model(problem)
-    if callbacks is None:
-        callbacks = [problem.callback]
-    x, y, w = data(problem)
     options = _fit_options(problem)
+    x, y, w = data(problem)
     if problem.unknown_length:
-        options.pop("shuffle")
-        x, y, w = _dataset(problem, x, y, w), None, None
-    else:
-        options["batch_size"] = problem.batch
-    history = model.fit(
-        x, y, sample_weight=w, callbacks=callbacks, **options
-    ).history
-    return result_of(model, history)
-
-
-def differences(micro, large):
-    """Largest relative difference of weights, of optimizer state, of logs."""
-    return (
-        max(map(_difference, micro.weights, large.weights)),
-        max(map(_difference, micro.state, large.state)),
-        max(
-            _difference(np.array(micro.history[k]), np.array(large.history[k]))
-            for k in large.history
-        ),
+        if callbacks is None:
+            callbacks = [problem.callback]
+        history = model.fit(
+            _dataset(problem, x, y, w),
+            epochs=problem.epochs,
+            verbose=0,
+            callbacks=callbacks,
+            **options,
+        ).history
+        return result_of(model, history)
+    return testing.fit_micro(
+        problem, model, x, y, sample_weight=w, callbacks=callbacks, **options
     )
 
 
 def assert_same(problem, micro, large):
     """Law 1."""
-    bound = tolerance(problem)
-    assert micro.iterations == large.iterations
-    assert micro.history.keys() == large.history.keys()
-    assert len(micro.weights) == len(large.weights)
-    assert len(micro.state) == len(large.state)
     if BACKEND == "torch" and problem.token_weights:
         # Keras multiplies them by the mask in place (3.15), before metrics do.
         for each in (micro, large):
             each.history.pop("sparse_categorical_crossentropy")
-    weights, state, logs = differences(micro, large)
-    assert weights <= bound, f"weights differ by {weights:.1e} > {bound:.1e}"
-    # Squares, and squares of differences, double a relative error.
-    assert state <= 8 * bound, f"state differs by {state:.1e} > {8 * bound:.1e}"
-    assert logs <= 4 * bound, f"history differs by {logs:.1e} > {4 * bound:.1e}"
+    testing.assert_same(micro, large, tolerance(problem))
 
 
 def check(problem):
@@ -351,18 +275,8 @@ def check(problem):
     assert_same(problem, fit_micro(problem), fit_large(problem))
 
 
-def _difference(a, b):
-    if a.size == 0:
-        return 0.0
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return math.inf
-    scale = np.max(np.abs(b))
-    gap = np.max(np.abs(a - b))
-    return 0.0 if gap == 0 else float(gap / max(scale, 1e-30))
-
-
 def _fit_options(problem):
-    options = {"epochs": problem.epochs, "verbose": 0, "shuffle": False}
+    options = {}
     if problem.kind == "class_weight":
         options["class_weight"] = {0: 0.5, 1: 2.0, 2: 1.25}
     if problem.validation:
@@ -384,17 +298,3 @@ def _dataset(problem, x, y, w):
             tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in arrays
         ),
     )
-
-
-def _densify(optimizer):
-    """Keras squares sparse gradients row by row: the dense one is the truth."""
-    apply = optimizer.apply
-
-    def dense_apply(grads, trainable_variables=None):
-        grads = [
-            tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g
-            for g in grads
-        ]
-        return apply(grads, trainable_variables)
-
-    vars(optimizer)["apply"] = dense_apply

@@ -3,6 +3,7 @@
 import keras
 from hypothesis import strategies as st
 
+from kaccum.testing import runs
 from tests.backends import EXECUTIONS
 from tests.reference import Problem
 
@@ -55,11 +56,7 @@ def optimizers(draw):
 def problems(draw, **fixed):
     """A whole problem; `fixed` fields are not drawn."""
     drawn = {
-        "examples": draw(st.integers(1, 40)),
-        "micro_batch": draw(st.integers(1, 6)),
-        "steps": draw(st.integers(2, 6)),
-        "cut": draw(st.booleans()),
-        "epochs": draw(st.integers(1, 2)),
+        **vars(draw(runs())),
         "kind": draw(st.sampled_from(KINDS)),
         "token_weights": draw(st.booleans()),
         "frozen": draw(st.booleans()),

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import textwrap
 
 import hypothesis
 import keras
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kaccum.session import Session
 from tests.backends import only_on
+from tests.pages import examples_of
 from tests.reference import (
     Problem,
     assert_same,
@@ -107,10 +109,8 @@ PROGRAM = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "jax"
 import keras, numpy as np
-address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-keras.distribution.initialize(address, 2, index)
-everything = keras.distribution.DataParallel(auto_shard_dataset=False)
-keras.distribution.set_distribution(everything)
+index, folder = int(sys.argv[1]), sys.argv[2]
+{start}
 from kaccum.backend import engine
 engine().use_full_precision()
 from tests import test_distribution as tests
@@ -142,13 +142,21 @@ def train(problem, process, folder):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """As on two machines, here over the loopback address."""
+    """As the README says for two machines, over the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    (start,) = [
+        example
+        for mark, example in examples_of("README")
+        if mark == "on two machines"
+    ]
+    assert "10.0.0.1:1234" in start
+    start = textwrap.dedent(start).replace("10.0.0.1:1234", address)
+    program = PROGRAM.format(start=start)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index), str(tmp_path)],
+            [sys.executable, "-c", program, str(index), str(tmp_path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import io
-import pathlib
 import re
 import subprocess
 import sys
@@ -17,10 +16,29 @@ from kaccum import (
     __main__,
     accumulate,
 )
+from kaccum.testing import assert_same_fit
 from tests.backends import BACKEND, needs_graphs, only_on
+from tests.pages import PAGES, README, ROOT, examples_of
 
-ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.rst").read_text()
+# Marks of examples that do not run here; `test_distribution` runs the first.
+OTHERS = ("on two machines", "other library")
+BEFORE = """
+import keras
+import numpy as np
+from hypothesis import given
+from kaccum import GradientAccumulationCallback, accumulate
+from kaccum.testing import assert_same_fit, runs
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+def build_model():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+
+x, y = np.ones((64, 4)), np.ones((64, 1))
+batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]
+model = build_model()
+model.compile("adam", "mse")
+"""
 
 
 def run(program):
@@ -43,12 +61,31 @@ def test_the_readmes_program_prints_what_it_says():
     assert line.startswith(output[:2])
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if examples_of(p)])
+def test_every_example_of_a_page_runs(page):
+    """One after the other, but those of another backend or library."""
+    program = BEFORE
+    for mark, example in examples_of(page):
+        assert mark in {"", *OTHERS, "on tensorflow", "on jax"}, mark
+        if mark in ("", f"on {BACKEND}"):
+            program += textwrap.dedent(example)
+        elif mark == "other library":
+            compile(textwrap.dedent(example), page, "exec")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "documented",
     [
         GradientAccumulationCallback,
         pytest.param(GradientAccumulator, marks=needs_graphs),
         accumulate,
+        assert_same_fit,
     ],
     ids=lambda each: each.__name__,
 )
@@ -60,11 +97,11 @@ def test_the_docstrings_example_prints_what_it_says(documented):
     assert run(program).splitlines()[-1] == expected
 
 
-def test_every_test_that_the_readme_names_exists():
+def test_every_test_that_a_page_names_exists():
     """Each law names its test."""
-    names = re.findall(r"``(test_\w+)``", README)
+    names = re.findall(r"``(test_\w+)``", "".join(PAGES.values()))
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
-    assert len(names) >= 10
+    assert len(names) >= 35
     assert [n for n in names if f"def {n}(" not in tests] == []
 
 

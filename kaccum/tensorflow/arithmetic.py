@@ -303,6 +303,11 @@ def gradients_of(
     return [g if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
+def dense(gradient: Any) -> tf.Tensor:
+    """A gradient as a tensor, where repeated rows of a sparse one add up."""
+    return tf.convert_to_tensor(gradient)
+
+
 def is_reachable(tensor: Any) -> bool:
     """Whether the graph that is being traced may use `tensor`.
 

@@ -1,0 +1,101 @@
+"""What the pages say of Keras's own `gradient_accumulation_steps`."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.backends import needs_strategies
+from tests.reference import (
+    Problem,
+    build_model,
+    check,
+    data,
+    differences,
+    fit_large,
+    fit_micro,
+    tolerance,
+)
+
+#: Two full windows of equal micro-batches, twice.
+FULL = Problem(examples=24, micro_batch=4, steps=3, optimizer="SGD")
+
+
+def build_own(problem):
+    """The model of a problem, whose optimizer accumulates by itself."""
+    steps = ("gradient_accumulation_steps", problem.steps)
+    options = (*problem.options, steps)
+    return build_model(dataclasses.replace(problem, options=options))
+
+
+def own_differences(problem):
+    """Of weights and of logs, from the large-batch fit's."""
+    own = fit_micro(problem, build_own(problem), callbacks=[])
+    large = fit_large(problem)
+    # It has sums beside the state.
+    own.state = large.state
+    weights, _, logs = differences(own, large)
+    return weights, logs
+
+
+def test_keras_own_is_the_large_batch_in_full_windows():
+    """Equal batches, means over examples."""
+    weights, logs = own_differences(FULL)
+    assert weights <= tolerance(FULL)
+    assert logs <= 4 * tolerance(FULL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"examples": 18},
+        {"kind": "mask"},
+        {"kind": "mean_with_sample_weight"},
+        {"schedule": True},
+        {"options": (("use_ema", True), ("ema_momentum", 0.8))},
+    ],
+    ids=["short", "mask", "sample-weight", "schedule", "ema"],
+)
+def test_keras_own_is_another_run(fields):
+    """Where kaccum's is the large batch."""
+    problem = dataclasses.replace(FULL, **fields)
+    weights, _ = own_differences(problem)
+    assert weights > 100 * tolerance(problem)
+    check(problem)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mean_with_sample_weight"])
+def test_keras_own_logs_another_loss(kind):
+    """A mean of means."""
+    problem = dataclasses.replace(FULL, kind=kind, epochs=1)
+    _, logs = own_differences(problem)
+    assert logs > 100 * tolerance(problem)
+
+
+def test_keras_own_sums_are_of_half_precision():
+    """As the weights are."""
+    model = build_own(dataclasses.replace(FULL, policy="bfloat16"))
+    model.optimizer.build(model.trainable_variables)
+    sums = [
+        variable
+        for variable in model.optimizer.variables
+        if "gradient_accumulator" in variable.path
+    ]
+    assert {variable.dtype for variable in sums} == {"bfloat16"}
+
+
+def test_keras_own_is_spoilt_by_a_nan():
+    """There is nothing to leave a micro-batch out with."""
+    x, y, _ = data(FULL)
+    x[5] = np.nan
+    model = build_own(FULL)
+    model.fit(x, y, FULL.micro_batch, shuffle=False, verbose=0)
+    assert np.isnan(model.get_weights()[0]).any()
+
+
+@needs_strategies
+def test_keras_own_fails_on_replicas():
+    """In a graph, as Keras compiles by default."""
+    problem = dataclasses.replace(FULL, replicas=2)
+    with pytest.raises(Exception, match="merge_call"):
+        fit_micro(problem, build_own(problem), callbacks=[])

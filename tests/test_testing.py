@@ -1,0 +1,111 @@
+"""`kaccum.testing`: it lets right fits pass, and no wrong ones."""
+
+import dataclasses
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+
+from kaccum import testing
+from kaccum.testing import Run, assert_same, assert_same_fit, runs
+from tests.backends import fewer
+
+X, Y = np.random.default_rng(0).normal(size=(2, 40, 3)).astype("float32")
+
+
+def build(seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+@hypothesis.settings(max_examples=fewer(8))
+@hypothesis.given(runs())
+def test_a_model_of_ones_own(run):
+    """Law 1, as a user would test it."""
+    assert_same_fit(run, build, X, Y, sample_weight=np.abs(Y[:, 0]))
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(runs(max_examples=5, max_micro_batch=4, max_steps=3))
+def test_runs_are_within_their_limits(run):
+    """What is drawn, and what follows from it."""
+    assert 1 <= run.examples <= 5
+    assert 1 <= run.micro_batch <= 4
+    assert 2 <= run.steps <= 3
+    assert 1 <= run.epochs <= 2
+    assert run.large_batch == run.micro_batch * run.steps
+    assert run.batch == (run.large_batch if run.cut else run.micro_batch)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["steps", "cut"])
+def test_a_model_for_which_the_law_does_not_hold(cut):
+    """Batches are normalised each by itself."""
+
+    def build_normalised():
+        keras.utils.set_random_seed(0)
+        normal = keras.layers.BatchNormalization()
+        layers = [keras.Input((3,)), normal, keras.layers.Dense(3)]
+        model = keras.Sequential(layers)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    run = Run(examples=8, micro_batch=2, steps=4, cut=cut)
+    with pytest.raises(AssertionError, match="^weights differs by"):
+        assert_same_fit(run, build_normalised, X, Y)
+
+
+def test_models_must_begin_alike():
+    """Otherwise fits differ whatever accumulates."""
+    seeds = iter(range(2))
+    message = (
+        r"^`build` must return models with the same weights: call "
+        r"`keras.utils.set_random_seed` in it. Received: models whose first "
+        r"weights of shape \(3, 3\) differ\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        assert_same_fit(Run(8, 2, 2), lambda: build(next(seeds)), X, Y)
+
+
+@pytest.fixture(scope="module")
+def result():
+    """What a fit ended with."""
+    return testing.fit_large(Run(8, 2, 2), build(), X, Y)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"iterations": 3}, "^3 updates, not 2$"),
+        ({"weights": []}, "^weights are not as many$"),
+        ({"state": []}, "^state are not as many$"),
+        ({"history": {"other": [1.0]}}, "^history of .*other.*, not .*loss"),
+        ({"history": {"loss": [1e3]}}, "^history differs by"),
+        ({"history": {"loss": [np.nan]}}, "^history differs by inf"),
+    ],
+    ids=["updates", "weights", "state", "names", "logs", "nan"],
+)
+def test_what_differs_is_named(result, change, message):
+    """One thing at a time."""
+    other = dataclasses.replace(result, **change)
+    with pytest.raises(AssertionError, match=message):
+        assert_same(other, result, 1e-3)
+    assert_same(result, result, 0.0)
+
+
+def test_a_weight_that_differs_by_more_than_the_bound(result):
+    """Relative to the largest of its array."""
+    weights = [w + 1e-3 * np.max(np.abs(w)) for w in result.weights]
+    other = dataclasses.replace(result, weights=weights)
+    assert_same(other, result, 1.1e-3)
+    with pytest.raises(AssertionError, match="^weights differs by 1.0e-03 > "):
+        assert_same(other, result, 0.9e-3)
+
+
+def test_the_optimizer_is_as_before_afterwards():
+    """Gradients are made dense only while the large batches train."""
+    model = build()
+    testing.fit_large(Run(8, 2, 2), model, X, Y)
+    assert "apply" not in vars(model.optimizer)
