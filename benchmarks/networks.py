@@ -111,16 +111,17 @@ def _tokens(count: int) -> np.ndarray:
 
 NETWORKS = {
     "perceptron": Network(perceptron, normal(1024)),
-    "convolutional": Network(convolutional, normal(32, 32, 3), 16),
+    "convolutional": Network(convolutional, normal(32, 32, 3), 16, 32),
     "batch normalised": Network(
         lambda: convolutional(is_normalized=True),
         normal(32, 32, 3),
         16,
+        32,
         windows=(8,),
     ),
     # XLA compiles it for half a minute, for each window of some ways.
     "200 variables": Network(many_variables, normal(16), windows=(8,)),
-    "transformer": Network(transformer, _tokens),
+    "transformer": Network(transformer, _tokens, 8, 32),
     "tiny, 32 an execution": Network(
         lambda: many_variables(2), normal(16), 8, 512, 32, (8,)
     ),

@@ -18,9 +18,10 @@ nitpicky = True
 smartquotes = False
 
 
-def find_pictures(app, path, parent, content):
-    """Pictures of the README, from the folder that includes it."""
-    content[0] = content[0].replace(":: benchmarks/", ":: ../benchmarks/")
+def from_the_readme(app, path, parent, content):
+    """What the README names, from the folder that includes it."""
+    text = content[0].replace(":: benchmarks/", ":: ../benchmarks/")
+    content[0] = re.sub(r"``docs/([\w-]+)\.rst``", r":doc:`\1`", text)
 
 
 def fences_to_blocks(app, what, name, obj, options, lines):
@@ -34,6 +35,6 @@ def fences_to_blocks(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    app.connect("include-read", find_pictures)
+    app.connect("include-read", from_the_readme)
     # Before napoleon reads the sections.
     app.connect("autodoc-process-docstring", fences_to_blocks, priority=100)
