@@ -73,6 +73,7 @@ def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     assert "target missed" not in capsys.readouterr().out
 
 
+@only_on("tensorflow", "torch", reason="it measures what is not XLA's")
 def test_growth_measures_every_size(monkeypatch, tmp_path):
     """A row for each way and size."""
     cases = [
