@@ -1,4 +1,4 @@
-"""How many examples a batch has, where every array says its shape."""
+"""Batches of arrays: how many examples they have, and parts of them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def examples_in(batch: Any) -> int:
         if array is not None
     }
     return common_length(lengths, shapes)
+
+
+def part_of(batch: Any, start: int, end: int) -> Any:
+    """The examples `start` to `end` (left out) of a batch of arrays.
+
+    Args:
+        batch: As in `examples_in`.
+        start: The first example.
+        end: The one after the last.
+    """
+    return keras.tree.map_structure(
+        lambda array: None if array is None else array[start:end], batch
+    )
 
 
 def common_length(lengths: set[int | None], shapes: Any) -> int:

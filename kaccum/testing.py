@@ -17,6 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from kaccum.backend import engine
+from kaccum.batches import part_of
 from kaccum.callback import GradientAccumulationCallback
 
 __all__ = [
@@ -323,11 +324,7 @@ def _fit(
     options: dict[str, Any],
 ) -> Result:
     weights = options.pop("sample_weight", None)
-    x, y, weights = keras.tree.map_structure(
-        lambda array: None if array is None else array[: run.examples],
-        (x, y, weights),
-        none_is_leaf=True,
-    )
+    x, y, weights = part_of((x, y, weights), 0, run.examples)
     history = model.fit(
         x,
         y,

@@ -50,10 +50,7 @@ def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:
     leaves = keras.tree.flatten(batch)
     if all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves):
         return _compiled_part_of(batch, start, size, parts)
-    end = start + size
-    return keras.tree.map_structure(
-        lambda leaf: None if leaf is None else leaf[start:end], batch
-    )
+    return batches.part_of(batch, start, start + size)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -34,9 +34,5 @@ def cut(
     """
     start = 0
     for (size,) in sizes:
-        part = slice(start, start + size)
-        yield keras.tree.map_structure(
-            lambda leaf: None if leaf is None else leaf[part],  # noqa: B023
-            batch,
-        )
+        yield batches.part_of(batch, start, start + size)
         start += size
