@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -70,3 +72,38 @@ class AssigningEngine:
     def forget(self) -> None:
         """Forgets what was remembered."""
         self._before.forget()
+
+
+def new_variable(shape: Any, dtype: Any, name: str) -> keras.Variable:
+    """A Keras variable of zeros, of which each replica has its own."""
+    return keras.Variable(
+        "zeros",
+        shape,
+        dtype,
+        trainable=False,
+        # It may be read inside of a layer, which may compute in half.
+        autocast=False,
+        aggregation="sum",
+        synchronization="on_read",
+        name=name,
+    )
+
+
+def note(value: Any) -> Any:
+    """A scalar of a step, for `noted`."""
+    return value
+
+
+def noted(note: Any) -> Any:
+    """The scalar that was noted."""
+    return note
+
+
+def can_hear() -> bool:
+    """Whether what is called now may use variables of ours."""
+    return True
+
+
+def whole_state() -> AbstractContextManager[None]:
+    """A context that knows the value of every variable of the model."""
+    return contextlib.nullcontext()

@@ -1,11 +1,17 @@
 """The engine on TensorFlow. Only here is tensorflow imported."""
 
 from kaccum.assignments import MicroBatchState
+from kaccum.engine import (
+    can_hear,
+    new_variable,
+    note,
+    noted,
+    whole_state,
+)
 from kaccum.tensorflow.arithmetic import (
     add_weighted,
     after,
     all_finite,
-    can_hear,
     copy,
     dense,
     device_name,
@@ -19,9 +25,6 @@ from kaccum.tensorflow.arithmetic import (
     knows_shapes,
     making_variables_outside,
     new_sum,
-    new_variable,
-    note,
-    noted,
     positive,
     release,
     restore,
@@ -31,7 +34,6 @@ from kaccum.tensorflow.arithmetic import (
     train_step_of,
     use_full_precision,
     value_of,
-    whole_state,
     zero_unless,
 )
 from kaccum.tensorflow.batches import cut, examples_in, may_be_empty

@@ -44,31 +44,6 @@ def new_sum(shape: Any, dtype: str, beside: Any = None) -> tf.Variable:
     return outside_of_traces(make, device)
 
 
-def new_variable(shape: Any, dtype: Any, name: str) -> keras.Variable:
-    """A Keras variable of zeros, of which each replica has its own."""
-    return keras.Variable(
-        "zeros",
-        shape,
-        dtype,
-        trainable=False,
-        # It may be read inside of a layer, which may compute in half.
-        autocast=False,
-        aggregation="sum",
-        synchronization="on_read",
-        name=name,
-    )
-
-
-def note(value: Any) -> Any:
-    """A scalar of a step, for `noted`."""
-    return value
-
-
-def noted(note: Any) -> Any:
-    """The scalar that was noted."""
-    return note
-
-
 def value_of(total: tf.Variable) -> tf.Tensor:
     """What a sum holds, on all replicas where it is not asked by one."""
     return tf.convert_to_tensor(total)
@@ -321,11 +296,6 @@ def is_reachable(tensor: Any) -> bool:
     return graph is not None
 
 
-def whole_state() -> AbstractContextManager[None]:
-    """A context that knows the value of every variable of the model."""
-    return contextlib.nullcontext()
-
-
 def trace() -> Any:
     """What is being traced, or `None` where what is called is run now."""
     return None if is_eager() else tf.compat.v1.get_default_graph()
@@ -352,8 +322,3 @@ def device_name() -> str:
     """The device that TensorFlow computes on by default."""
     gpus = tf.config.list_logical_devices("GPU")
     return gpus[0].name if gpus else "CPU (not run on a GPU)"
-
-
-def can_hear() -> bool:
-    """Whether what is called now may use variables of ours."""
-    return True

@@ -1,6 +1,13 @@
 """The engine on PyTorch. Only here is torch imported."""
 
 from kaccum.assignments import MicroBatchState
+from kaccum.engine import (
+    can_hear,
+    new_variable,
+    note,
+    noted,
+    whole_state,
+)
 from kaccum.plain import (
     after,
     all_finite,
@@ -22,7 +29,6 @@ from kaccum.plain import (
 )
 from kaccum.torch.arithmetic import (
     add_weighted,
-    can_hear,
     copy,
     device_name,
     divided,
@@ -33,9 +39,6 @@ from kaccum.torch.arithmetic import (
     is_reachable,
     is_traced_in,
     new_sum,
-    new_variable,
-    note,
-    noted,
     outside_of_traces,
     positive,
     release,
@@ -45,7 +48,6 @@ from kaccum.torch.arithmetic import (
     train_step_of,
     use_full_precision,
     value_of,
-    whole_state,
 )
 from kaccum.torch.batches import cut, examples_in
 from kaccum.torch.engine import Engine

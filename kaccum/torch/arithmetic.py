@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -24,29 +23,6 @@ def new_sum(shape: Any, dtype: str, beside: Any = None) -> torch.Tensor:
         return zeros.to(beside.value.device)
     # The host asks for counts.
     return zeros.to("cpu") if dtype == "int32" else zeros
-
-
-def new_variable(shape: Any, dtype: Any, name: str) -> keras.Variable:
-    """A Keras variable of zeros."""
-    return keras.Variable(
-        "zeros",
-        shape,
-        dtype,
-        trainable=False,
-        # It may be read inside of a layer, which may compute in half.
-        autocast=False,
-        name=name,
-    )
-
-
-def note(value: Any) -> Any:
-    """A scalar of a step, for `noted`."""
-    return value
-
-
-def noted(note: Any) -> Any:
-    """The scalar that was noted."""
-    return note
 
 
 def is_reachable(tensor: Any) -> bool:
@@ -143,11 +119,6 @@ def outside_of_traces(make: Callable[[], Any]) -> Any:
     return make()
 
 
-def whole_state() -> AbstractContextManager[None]:
-    """A context in which nothing is to be done."""
-    return contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def positive(total: Any, message: str) -> Iterator[None]:
     """A context that is entered only where `total > 0`.
@@ -184,8 +155,3 @@ def train_step_of(model: keras.Model) -> Callable[[Any], Any]:
     """A model's training step: a function of what `fit` gives it."""
     step: Callable[[Any], Any] = model.train_step
     return step
-
-
-def can_hear() -> bool:
-    """Whether what is called now may use variables of ours."""
-    return True
