@@ -110,7 +110,7 @@ def _tokens(count: int) -> np.ndarray:
 
 
 NETWORKS = {
-    "perceptron": Network(perceptron, normal(1024)),
+    "perceptron": Network(perceptron, normal(1024), 8, 32),
     "convolutional": Network(convolutional, normal(32, 32, 3), 16, 32),
     "batch normalised": Network(
         lambda: convolutional(is_normalized=True),

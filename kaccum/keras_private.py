@@ -18,6 +18,7 @@ __all__ = [
     "callbacks_of_fit",
     "compiled_loss",
     "hand_over_state",
+    "is_fit_inside_fit",
     "is_inside_fit",
     "is_inside_plain_normalization",
     "loss_module",
@@ -116,6 +117,19 @@ def is_inside_fit(model: keras.Model) -> bool:
     if _is_method(frame, "fit", model):
         return False
     return any(_is_method(f, "fit", model) for f in _upwards(frame))
+
+
+def is_fit_inside_fit(model: keras.Model) -> bool:
+    """Whether the caller's caller is a `fit` of `model` that another called.
+
+    A `fit` of a subclass that calls Keras's is the same one.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    if frame is None or not _is_method(frame, "fit", model):
+        return False
+    outer = _upwards(frame.f_back)
+    fits = (f for f in outer if _is_method(f, "fit", model))
+    return any(fit.f_code is frame.f_code for fit in fits)
 
 
 def callbacks_of_fit() -> list[keras.callbacks.Callback]:

@@ -12,7 +12,11 @@ import keras
 
 from kaccum.attempts import train_in_parts
 from kaccum.backend import engine
-from kaccum.keras_private import asked_by, is_inside_fit
+from kaccum.keras_private import (
+    asked_by,
+    is_fit_inside_fit,
+    is_inside_fit,
+)
 from kaccum.patches import Patch
 from kaccum.sizes import MicroBatchSize
 from kaccum.step import SKIPPED, TrainingStep
@@ -228,6 +232,8 @@ class Session:
         if not self._is_for_fit:
             if asked_by("fit", self._model):
                 raise RuntimeError(_FIT_INSIDE)
+        elif is_fit_inside_fit(self._model):
+            raise RuntimeError(_FIT_INSIDE_FIT)
         elif not is_inside_fit(self._model):
             # A new `fit` or `train_on_batch`: ours ended without
             # `on_train_end`.
@@ -282,4 +288,9 @@ _FIT_INSIDE = (
     "`fit` must not be called on a model inside its `accumulate`. Received: a "
     "`fit`. Pass it a `GradientAccumulationCallback` instead, outside of the "
     "`with` block."
+)
+_FIT_INSIDE_FIT = (
+    "`fit` must not be called on a model inside its own `fit` while gradients "
+    "accumulate. Received: a `fit` from a callback, say. Call `train_on_batch`,"
+    " or `fit` another model with the same layers."
 )

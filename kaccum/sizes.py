@@ -35,10 +35,8 @@ class MicroBatchSize:
     @property
     def size(self) -> int | str:
         """int, or "auto" as long as no batch went through."""
-        if not self.is_auto:
-            assert self._most is not None
-            return self._most
-        return AUTO if self._found is None else self._found
+        known = self._found if self.is_auto else self._most
+        return AUTO if known is None else known
 
     def parts_of(self, examples: list[int]) -> list[list[int]]:
         """The sizes of the micro-batches of a batch, the larger ones first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,11 +56,11 @@ def heard_by(hear: Callable[..., None]) -> Iterator[None]:
 
 
 def _size(layer: Any, inputs: Any, mask: Any) -> Any:
-    """How many elements the mean of a feature is of, a float32 scalar."""
+    """How many elements the mean of a feature is of, a scalar."""
     shape = ops.shape(inputs)
     axis = layer.axis % len(shape)
-    counted = [each for i, each in enumerate(shape) if i != axis]
-    size = ops.prod(ops.convert_to_tensor(counted, dtype="int32"))
+    # A number, where the shape is known.
+    size = math.prod(each for i, each in enumerate(shape) if i != axis)
     size = ops.cast(size, "float32")
     if mask is None:
         return size

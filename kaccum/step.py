@@ -15,7 +15,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum import assignments, means, statistics, weights
+from kaccum import (
+    assignments,
+    means,
+    second_optimizers,
+    statistics,
+    weights,
+)
 from kaccum.accumulator import GradientAccumulator, build_optimizer
 from kaccum.backend import engine
 from kaccum.keras_private import (
@@ -120,6 +126,7 @@ class TrainingStep:
                 means.telling,
                 statistics.telling,
                 assignments.telling,
+                second_optimizers.telling,
                 patched(self._hooks),
             ):
                 stack.enter_context(context)
@@ -155,6 +162,7 @@ class TrainingStep:
                 enter(means.heard_by(functools.partial(self._on_mean, run)))
                 hear = functools.partial(self._on_moments, run)
                 enter(statistics.heard_by(hear))
+                enter(second_optimizers.refused_by(self._refuse_update))
                 logs = self._train_step(data)
         finally:
             _running.run = None
@@ -218,21 +226,11 @@ class TrainingStep:
             accumulator.release()
 
     def _make_hooks(self) -> list[Patch]:
-        others = [
-            value
-            for value in vars(self.model).values()
-            if isinstance(value, keras.optimizers.Optimizer)
-            and value is not self._optimizer
-        ]
         hooks = [
             Patch(self._optimizer, "apply", self._on_apply),
             Patch(self._optimizer, "apply_gradients", self._on_apply_gradients),
             Patch(self._optimizer, "stateless_apply", self._on_stateless_apply),
             Patch(self._optimizer, "scale_loss", self._on_scale_loss),
-        ]
-        hooks += [
-            Patch(o, "apply", functools.partial(self._on_other, o.apply))
-            for o in others
         ]
         loss = compiled_loss(self.model)
         if loss is not None:
@@ -320,12 +318,7 @@ class TrainingStep:
             )
         return None
 
-    def _on_other(
-        self, real: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        run = getattr(_running, "run", None)
-        if run is None:
-            return real(*args, **kwargs)
+    def _refuse_update(self) -> None:
         raise RuntimeError(
             "The model's `train_step` must apply gradients by "
             "`self.optimizer` only, whose gradients are accumulated. Received: "
@@ -419,7 +412,8 @@ class TrainingStep:
     ) -> None:
         weight = self._weight(run, run.denominators)
         accumulator.add(gradients, variables, weight, where=where)
-        accumulator.count_once(self._regularizers(run))
+        if weight is None:
+            accumulator.count_once(self._regularizers(run))
 
     def _keep_or_skip(self, run: _Run, logs: Any) -> Any:
         """Adds the gradients, or undoes the step and leaves them out."""

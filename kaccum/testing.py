@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kaccum.backend import engine
 from kaccum.batches import part_of
 from kaccum.callback import GradientAccumulationCallback
+from kaccum.patches import Patch, patched
 
 __all__ = [
     "Result",
@@ -159,7 +160,13 @@ def result_of(model: keras.Model, history: dict[str, list[float]]) -> Result:
 
 
 def fit_large(
-    run: Run, model: keras.Model, x: Any, y: Any = None, **options: Any
+    run: Run,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    **options: Any,
 ) -> Result:
     """Trains on one batch an update, without kaccum: the truth.
 
@@ -171,12 +178,13 @@ def fit_large(
         model: A compiled model.
         x: Inputs as arrays, at least `run.examples` of them.
         y: Targets, as many.
+        callbacks: As in `fit`.
         **options: More of `fit`'s; an array `sample_weight` is cut as well.
     """
     if model.built and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     with _dense_gradients(model.optimizer):
-        return _fit(run, model, x, y, run.large_batch, [], options)
+        return _fit(run, model, x, y, run.large_batch, callbacks, options)
 
 
 def fit_micro(
@@ -185,7 +193,7 @@ def fit_micro(
     x: Any,
     y: Any = None,
     *,
-    callbacks: list[keras.callbacks.Callback] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] | None = None,
     **options: Any,
 ) -> Result:
     """Trains in micro-batches.
@@ -195,8 +203,8 @@ def fit_micro(
         model: A compiled model.
         x: Inputs as arrays, at least `run.examples` of them.
         y: Targets, as many.
-        callbacks: What accumulates, by default `run.callback`. `[]` where the
-            model's optimizer does so by itself.
+        callbacks: As in `fit`, what accumulates among them. By default
+            `run.callback` alone.
         **options: More of `fit`'s; an array `sample_weight` is cut as well.
     """
     if callbacks is None:
@@ -207,8 +215,8 @@ def fit_micro(
 def differences(micro: Result, large: Result) -> tuple[float, float, float]:
     """Largest difference of weights, of optimizer state, and of logs.
 
-    Each relative to the largest number in its array; infinite where one is
-    finite and the other is not.
+    Each relative to the largest finite number in its array; infinite where a
+    NaN or an infinity of one is none, or another one, in the other.
     """
     return (
         max(map(_difference, micro.weights, large.weights), default=0.0),
@@ -259,6 +267,7 @@ def assert_same_fit(
     y: Any = None,
     *,
     dtype: str = "float32",
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     **options: Any,
 ) -> None:
     """Asserts that a model trains in micro-batches as on large batches.
@@ -270,6 +279,7 @@ def assert_same_fit(
         x: Inputs as arrays, at least `run.examples` of them.
         y: Targets, as many.
         dtype: What the model computes in, for `tolerance`.
+        callbacks: More callbacks, of both fits, the one in micro-batches first.
         **options: More of `fit`'s.
 
     Raises:
@@ -309,8 +319,9 @@ def assert_same_fit(
                 "`keras.utils.set_random_seed` in it. Received: models whose "
                 f"first weights of shape {one.shape} differ."
             )
-    micro = fit_micro(run, models[0], x, y, **options)
-    large = fit_large(run, models[1], x, y, **options)
+    both = [run.callback, *callbacks]
+    micro = fit_micro(run, models[0], x, y, callbacks=both, **options)
+    large = fit_large(run, models[1], x, y, callbacks=callbacks, **options)
     assert_same(micro, large, tolerance(run.steps, dtype))
 
 
@@ -320,7 +331,7 @@ def _fit(
     x: Any,
     y: Any,
     batch_size: int,
-    callbacks: list[keras.callbacks.Callback],
+    callbacks: Sequence[keras.callbacks.Callback],
     options: dict[str, Any],
 ) -> Result:
     weights = options.pop("sample_weight", None)
@@ -330,31 +341,30 @@ def _fit(
         y,
         sample_weight=weights,
         batch_size=batch_size,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         **{"verbose": 0, "shuffle": False, "epochs": run.epochs, **options},
     ).history
     return result_of(model, history)
 
 
-@contextmanager
-def _dense_gradients(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+def _dense_gradients(
+    optimizer: keras.optimizers.Optimizer,
+) -> AbstractContextManager[None]:
     apply = optimizer.apply
 
     def dense_apply(grads: Any, trainable_variables: Any = None) -> Any:
         dense = [g if g is None else engine().dense(g) for g in grads]
         return apply(dense, trainable_variables)
 
-    vars(optimizer)["apply"] = dense_apply
-    try:
-        yield
-    finally:
-        del vars(optimizer)["apply"]
+    return patched([Patch(optimizer, "apply", dense_apply)])
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    if a.size == 0:
-        return 0.0
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+    if a.shape != b.shape:
         return math.inf
-    gap = np.max(np.abs(a - b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf
+    a, b = a[finite], b[finite]
+    gap = np.max(np.abs(a - b), initial=0.0)
     return 0.0 if gap == 0 else float(gap / max(np.max(np.abs(b)), 1e-30))

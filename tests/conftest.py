@@ -1,6 +1,7 @@
 """Hypothesis profiles, the device, and a check that nothing stays patched."""
 
 import contextlib
+import gc
 import os
 import weakref
 
@@ -9,8 +10,9 @@ import keras
 import pytest
 import tensorflow as tf
 
-from kaccum import weights
 from kaccum.backend import engine
+from kaccum.keras_private import compiled_loss
+from kaccum.patches import SharedPatch
 from kaccum.session import Session
 from tests.backends import BACKEND
 from tests.reference import split_the_processor
@@ -25,6 +27,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Before anything is computed.
 split_the_processor()
+
+engine()
+# Of classes and modules, each made by the module that needs it.
+SHARED_PATCHES = [p for p in gc.get_objects() if isinstance(p, SharedPatch)]
 
 
 def pytest_addoption(parser):
@@ -67,9 +73,9 @@ def nothing_stays_patched(monkeypatch):
     yield
     for session in sessions:
         assert not session.is_installed, "a model stayed patched"
-        assert not vars(session._optimizer).keys() & {"apply", "scale_loss"}
-    assert weights.loss_module.reduce_weighted_values.__module__ != (
-        weights.__name__
-    ), "the losses still report"
-    assert weights.loss_module.Loss.__call__.__module__ != weights.__name__
-    assert "assign" not in vars(keras.Variable), "assignments are remembered"
+        left = vars(session._optimizer).keys() & set(dir(keras.optimizers.SGD))
+        assert not left, f"an optimizer stayed patched: {left}"
+        loss = compiled_loss(session._model)
+        assert loss is None or "call" not in vars(loss), "a loss stayed patched"
+    for patch in SHARED_PATCHES:
+        assert not patch.is_installed, f"{vars(patch)} stayed"

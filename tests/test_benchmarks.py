@@ -58,7 +58,7 @@ def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
     assert speed.main(options) == 0
 
 
-@only_on("tensorflow", "torch", reason="the target is of TensorFlow")
+@only_on("tensorflow", "torch", reason="JAX takes 1.2 times the weights")
 def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     """The sums are at most what the target allows, and freed afterwards."""
     monkeypatch.setattr(memory, "NETWORKS", [memory.HEAVY])

@@ -368,8 +368,15 @@ def test_a_step_that_updates_by_itself_is_refused():
 
 
 @needs_graphs
-def test_a_second_optimizer_is_refused():
+@pytest.mark.parametrize("place", ["model", "list", "other model"])
+def test_a_second_optimizer_is_refused(place):
     """Its gradients would be applied every micro-batch."""
+    other = small()
+    pick = {
+        "model": lambda model: model.second,
+        "list": lambda model: model.more[0],
+        "other model": lambda model: other.optimizer,
+    }[place]
 
     class Two(keras.Model):
         def train_step(self, data):
@@ -379,11 +386,11 @@ def test_a_second_optimizer_is_refused():
             variables = self.trainable_variables
             gradients = tape.gradient(loss, variables)
             self.optimizer.apply(gradients[:2], variables[:2])
-            self.second.apply(gradients[2:], variables[2:])
+            pick(self).apply(gradients[2:], variables[2:])
             return {}
 
     model = small(Two)
-    model.second = keras.optimizers.SGD()
+    model.second, model.more = keras.optimizers.SGD(), [keras.optimizers.SGD()]
     with pytest.raises(
         RuntimeError,
         match="The model's `train_step` must apply gradients by "

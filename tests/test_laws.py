@@ -245,6 +245,52 @@ def test_a_callback_may_train_on_a_batch_of_its_own():
     assert result.iterations == 2 * (2 + 2)
 
 
+def test_a_fit_inside_of_a_fit_is_refused():
+    """It would end the accumulation; without kaccum it trains."""
+    problem = Problem(epochs=2)
+    x, y, _ = data(problem)
+    nested = []
+
+    class Fits(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if not nested:
+                nested.append(True)
+                self.model.fit(x[:4], y[:4], verbose=0)
+
+    message = (
+        "^`fit` must not be called on a model inside its own `fit` while "
+        "gradients accumulate. Received: a `fit` from a callback, say. Call "
+        "`train_on_batch`, or `fit` another model with the same layers.$"
+    )
+    model = build_model(problem)
+    with pytest.raises(RuntimeError, match=message):
+        fit_micro(
+            problem, model, callbacks=[GradientAccumulationCallback(3), Fits()]
+        )
+    nested.clear()
+    fit_micro(problem, model, callbacks=[Fits()])
+    assert nested
+
+
+def test_the_fit_of_a_subclass_is_not_one_inside_of_another():
+    """It calls Keras's, twice here: the second without the callback."""
+    problem = Problem(epochs=1)
+
+    class Fitted(keras.Sequential):
+        def fit(self, *arguments, callbacks=(), **options):
+            first = super().fit(*arguments, callbacks=callbacks, **options)
+            super().fit(*arguments, **options)
+            return first
+
+    model = build_model(problem)
+    twice = Fitted(model.layers)
+    twice.compile(keras.optimizers.SGD(0.1), model.loss)
+    callbacks = [GradientAccumulationCallback(3)]
+    result = fit_micro(problem, twice, callbacks=callbacks)
+    batches = -(-problem.examples // problem.micro_batch)
+    assert result.iterations == -(-batches // 3) + batches
+
+
 def test_a_callback_may_remake_the_train_function():
     """Law 5: without force nothing happens, with force it compiles anew."""
     problem = Problem()

@@ -11,7 +11,7 @@ from keras import ops
 from kaccum import GradientAccumulator, accumulate
 from tests import reference
 from tests import test_interrupts as interrupted
-from tests.backends import error_in_a_step, needs_graphs, only_on
+from tests.backends import BACKEND, error_in_a_step, needs_graphs, only_on
 from tests.reference import Problem, build_model, data
 
 PROBLEM = Problem(examples=18)
@@ -226,6 +226,39 @@ def test_a_loop_of_ones_own_trains_as_the_large_batch(compiled):
         add(x[start : start + 4], y[start : start + 4])
         if start in (8, 16):
             apply()
+    reference.assert_same(PROBLEM, result(model), result(large()))
+
+
+@only_on("jax", "torch", reason="TensorFlow's is the test above")
+def test_a_loop_of_ones_own_trains_so_on_other_backends():
+    """Law 1, by JAX's functional gradients and by PyTorch's tapes."""
+    model = build_model(PROBLEM)
+    accumulator = GradientAccumulator(model.optimizer)
+
+    def jax_gradients(x, y):
+        import jax
+
+        def loss(trainable, others):
+            y_pred, _ = model.stateless_call(trainable, others, x)
+            return model.loss(y, y_pred)
+
+        variables = model.trainable_variables, model.non_trainable_variables
+        values = [[v.value for v in group] for group in variables]
+        return jax.jit(jax.grad(loss))(*values)
+
+    def torch_gradients(x, y):
+        model.zero_grad()
+        model.loss(y, model(x)).backward()
+        return [v.value.grad for v in model.trainable_variables]
+
+    gradients = {"jax": jax_gradients, "torch": torch_gradients}[BACKEND]
+    for start in (0, 4, 8, 12, 16):
+        rows = slice(start, start + 4)
+        x, y = ops.convert_to_tensor(X[rows]), ops.convert_to_tensor(Y[rows])
+        variables = model.trainable_variables
+        accumulator.add(gradients(x, y), variables, weight=len(x))
+        if start in (8, 16):
+            accumulator.apply()
     reference.assert_same(PROBLEM, result(model), result(large()))
 
 

@@ -483,12 +483,9 @@ def test_data_of_unknown_length_leaves_nothing_in_the_pool():
     )
     options = {"epochs": 3, "verbose": 0, "shuffle": False}
     ours = GradientAccumulationCallback(3)
-    history = model.fit(dataset(4), callbacks=[ours], **options).history
-    true_history = truth.fit(dataset(12), **options).history
+    model.fit(dataset(4), callbacks=[ours], **options)
+    truth.fit(dataset(12), **options)
     assert_close(model, truth)
-    np.testing.assert_allclose(
-        history["loss"][0], true_history["loss"][0], rtol=0.5
-    )
 
 
 @needs_graphs

@@ -83,9 +83,10 @@ def result():
         ({"state": []}, "^state are not as many$"),
         ({"history": {"other": [1.0]}}, "^history of .*other.*, not .*loss"),
         ({"history": {"loss": [1e3]}}, "^history differs by"),
+        ({"history": {"loss": [1.0, 1.0]}}, "^history differs by inf"),
         ({"history": {"loss": [np.nan]}}, "^history differs by inf"),
     ],
-    ids=["updates", "weights", "state", "names", "logs", "nan"],
+    ids=["updates", "weights", "state", "names", "logs", "epochs", "nan"],
 )
 def test_what_differs_is_named(result, change, message):
     """One thing at a time."""
@@ -102,6 +103,35 @@ def test_a_weight_that_differs_by_more_than_the_bound(result):
     assert_same(other, result, 1.1e-3)
     with pytest.raises(AssertionError, match="^weights differs by 1.0e-03 > "):
         assert_same(other, result, 0.9e-3)
+
+
+def test_nans_must_be_in_the_same_places():
+    """Two fits that diverge alike are one; what is finite is compared."""
+
+    def result(*weights):
+        arrays = [np.array(each) for each in weights]
+        return testing.Result(None, {"loss": [np.nan]}, arrays, [], 1)
+
+    large = result([1.0, np.nan], [np.inf, 2.0])
+    assert_same(large, large, 0.0)
+    for other in (
+        result([1.5, np.nan], [np.inf, 2.0]),
+        result([1.0, np.nan], [np.inf, 2.5]),
+        result([np.nan, 1.0], [np.inf, 2.0]),
+        result([1.0, np.nan], [-np.inf, 2.0]),
+    ):
+        with pytest.raises(AssertionError, match="^weights differs by"):
+            assert_same(other, large, 0.1)
+
+
+def test_callbacks_are_those_of_both_fits():
+    """Beside what accumulates."""
+    updates = []
+    count = keras.callbacks.LambdaCallback(
+        on_train_end=lambda logs: updates.append(count.model.optimizer)
+    )
+    assert_same_fit(Run(8, 2, 2), build, X, Y, callbacks=[count])
+    assert [int(optimizer.iterations) for optimizer in updates] == [2, 2]
 
 
 def test_the_optimizer_is_as_before_afterwards():
