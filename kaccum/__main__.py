@@ -276,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truth, ours = runs[LARGE], runs[KACCUM]
     off = max(
         largest_difference(ours.weights[-1], truth.weights[-1]),
-        largest_difference(*([np.array(r.history["loss"])] for r in (ours, truth))),
+        largest_difference(
+            *([np.array(run.history["loss"])] for run in (ours, truth))
+        ),
     )
     is_same = off <= TOLERANCE and ours.updates == truth.updates
     print(f"kaccum's run is {'' if is_same else 'NOT '}the large-batch run")
