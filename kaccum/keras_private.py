@@ -1,4 +1,4 @@
-"""Every name of Keras that is not public, each with the reason it is needed."""
+"""Names of Keras that are not public, each with the reason it is needed."""
 
 from __future__ import annotations
 

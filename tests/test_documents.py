@@ -3,11 +3,13 @@
 import contextlib
 import inspect
 import io
+import os
 import re
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
 from kaccum import (
@@ -62,7 +64,7 @@ def test_the_readmes_program_prints_what_it_says():
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if examples_of(p)])
-def test_every_example_of_a_page_runs(page):
+def test_every_example_of_a_page_runs(page, tmp_path):
     """One after the other, but those of another backend or library."""
     program = BEFORE
     for mark, example in examples_of(page):
@@ -75,8 +77,33 @@ def test_every_example_of_a_page_runs(page):
         [sys.executable, "-W", "error::UserWarning", "-c", program],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_moving_keeps_the_state_of_the_optimizer(tmp_path, monkeypatch):
+    """A model that Keras's own trained goes on as one of large batches."""
+    monkeypatch.chdir(tmp_path)
+    own, after = (
+        next(text for _, text in examples_of("moving") if words in text)
+        for words in ("gradient_accumulation_steps=", "load_model")
+    )
+    begin = "\nkeras.utils.set_random_seed(0)\nmodel = build_model()\n"
+    large = """
+model.compile(keras.optimizers.Adam(1e-3), "mse")
+for _ in range(2):
+    model.fit(x, y, batch_size=32)
+"""
+    models = []
+    for program in (textwrap.dedent(own + after), large):
+        names = {}
+        exec(BEFORE + begin + program, names)
+        models.append(names["model"])
+    assert [int(model.optimizer.iterations) for model in models] == [4, 4]
+    for mine, other in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
