@@ -129,8 +129,7 @@ class Session:
         """Updates from a short window, if one is open."""
         if self._window.is_open:
             self._window.reset()
-            with self._recovering():
-                self._report(self._engine.update())
+            self._update()
 
     def _begin(
         self,
@@ -184,17 +183,20 @@ class Session:
         """Makes each of the next `count` batches a window."""
         logs = None
         for batch in itertools.islice(iterator, count):
-            logs = train_in_parts(batch, size, self._engine, self._run_parts)
-            self.close_window()
+            logs = train_in_parts(batch, size, self._engine, self._add_parts)
+            self._update()
         if logs is None:
             raise StopIteration
         return logs
 
-    def _run_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
-        # The update is left to `close_window`.
-        self._window.steps = count + 1
-        self._window.reset()
-        return self._run(micro_batches, self._window.closes(count))
+    def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
+        # Until the update, which comes afterwards, no weight changes.
+        closes = [False] * count
+        return self._engine.run(micro_batches, closes, is_plain=False).logs
+
+    def _update(self) -> None:
+        with self._recovering():
+            self._report(self._engine.update())
 
     def _report(self, updates: int) -> None:
         for _ in range(updates):
