@@ -180,8 +180,8 @@ class GradientAccumulator:
         """Makes one update of the window's gradient and empties the sums.
 
         Args:
-            parts: What `take` returned, each summed over all replicas. Defaults
-                to that.
+            parts: For kaccum's own use: the sums of all replicas. Defaults to
+                those of this accumulator.
 
         Raises:
             RuntimeError: If nothing was added since the last update. What is
@@ -211,8 +211,8 @@ class GradientAccumulator:
         """Empties the sums: the open window is forgotten.
 
         Args:
-            releases: Whether what they hold loses its memory before there are
-                zeros, after the update. XLA must not compile that.
+            releases: For kaccum's own use: whether what they hold loses its
+                memory before there are zeros. XLA must not compile that.
         """
         for number in (self._weight, self._count):
             self._engine.empty(number)

@@ -69,9 +69,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             already, the model's `tf.distribute` strategy is neither a
             `MirroredStrategy` nor a `OneDeviceStrategy`, or XLA would compile
             several replicas. In the first step: if the model's `train_step`
-            never applies gradients, or applies some by another optimizer. At
-            once: if Keras runs on another backend than TensorFlow, JAX or
-            PyTorch.
+            never applies gradients, does so inside of a `tf.function` or
+            `jax.jit` of its own, or applies some by another optimizer. In a
+            callback that calls `fit` on the same model. At once: if Keras runs
+            on another backend than TensorFlow, JAX or PyTorch.
 
     Example:
 
@@ -130,7 +131,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     @property
     def micro_batch_size(self) -> int | str | None:
-        """The most examples of a micro-batch; "auto" until that is known."""
+        """The most examples of a micro-batch; "auto" until that is known.
+
+        `None` where `steps` was given.
+        """
         return None if self._size is None else self._size.size
 
     @property

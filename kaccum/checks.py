@@ -35,10 +35,15 @@ def check_model(model: keras.Model) -> None:
     """Checks that the gradients of a model can be accumulated.
 
     Raises:
+        TypeError: If it is no model.
         ValueError: If it is not compiled, has no optimizer, or one that
             accumulates itself.
         RuntimeError: If it trains on devices that are not supported.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. {received('model', model)}"
+        )
     if not model.compiled:
         raise ValueError(
             "The model must be compiled to accumulate gradients. Received: a "

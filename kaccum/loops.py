@@ -13,8 +13,9 @@ from kaccum.session import Session, is_plain_fit
 from kaccum.window import Window, checked_steps
 
 
-@contextlib.contextmanager
-def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
+def accumulate(
+    model: keras.Model, steps: int
+) -> contextlib.AbstractContextManager[None]:
     """Makes `model.train_on_batch` accumulate inside a `with` block.
 
     Every `steps` calls (a window) make one update, that of the union of their
@@ -24,6 +25,7 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
     window too: how much of it was added is not known.
 
     Several models may accumulate at the same time, each with its own window.
+    What `train_on_batch` returns is of its own batch.
 
     Args:
         model: A compiled `keras.Model`.
@@ -31,7 +33,7 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
             nothing.
 
     Raises:
-        TypeError: If `steps` is not an integer.
+        TypeError: If `steps` is not an integer, or `model` no model.
         ValueError: If it is below 1, the model is not compiled, has no
             optimizer, or one with `gradient_accumulation_steps`.
         RuntimeError: If the model accumulates already or fits inside the
@@ -57,6 +59,13 @@ def accumulate(model: keras.Model, steps: int) -> Iterator[None]:
     """
     steps = checked_steps(steps)
     engine()
+    check_model(model)
+    return _accumulating(model, steps)
+
+
+@contextlib.contextmanager
+def _accumulating(model: keras.Model, steps: int) -> Iterator[None]:
+    # It may have been compiled again since.
     check_model(model)
     # Also ends an earlier session that was interrupted.
     model.make_train_function()

@@ -289,7 +289,7 @@ class TrainingStep:
             run.is_in_loss = False
 
     def _on_mean(self, run: _Run, metric: Any, value: Any, size: Any) -> Any:
-        if not self._engine.can_hear():
+        if not self._engine.is_traced_in(run.trace):
             return means.update_state(metric, value, size)
         call = run.numbers.get(id(metric), 0)
         run.numbers[id(metric)] = call + 1
@@ -376,10 +376,11 @@ class TrainingStep:
         if not gradients:
             # All weights are frozen: to Keras's optimizers that is nothing.
             return None
-        if not self._engine.can_hear():
+        if not self._engine.is_traced_in(run.trace):
             raise RuntimeError(
                 "The model's `train_step` must apply gradients outside of a "
-                "`jax.jit` of its own: they are accumulated there. Received: a "
+                "`tf.function` or `jax.jit` of its own: they are accumulated "
+                "there, and what was traced would stay. Received: a "
                 f"`train_step` of {type(self.model).__name__} that did not."
             )
         if variables is None:

@@ -17,7 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from kaccum.backend import engine
-from kaccum.batches import part_of
+from kaccum.batches import examples_in, part_of
 from kaccum.callback import GradientAccumulationCallback
 from kaccum.patches import Patch, patched
 
@@ -257,7 +257,7 @@ def assert_same(micro: Result, large: Result, bound: float) -> None:
     bounds = bound, 8 * bound, 4 * bound
     for name, by, most in zip(("weights", "state", "history"), found, bounds):
         if not by <= most:
-            raise AssertionError(f"{name} differs by {by:.1e} > {most:.1e}")
+            raise AssertionError(f"{name}: off by {by:.1e} > {most:.1e}")
 
 
 def assert_same_fit(
@@ -284,7 +284,8 @@ def assert_same_fit(
 
     Raises:
         AssertionError: If the fits differ by more than rounding.
-        ValueError: If `build` returns other weights each time.
+        ValueError: If `build` returns other weights each time, or the same
+            model; if there are fewer examples than `run` has.
 
     Example:
 
@@ -312,6 +313,11 @@ def assert_same_fit(
     ```
     """
     models = build(), build()
+    if models[0] is models[1]:
+        raise ValueError(
+            "`build` must return a new model each time. Received: one that "
+            "returned the same."
+        )
     for one, other in zip(*(model.get_weights() for model in models)):
         if not np.array_equal(one, other, equal_nan=True):
             raise ValueError(
@@ -335,7 +341,13 @@ def _fit(
     options: dict[str, Any],
 ) -> Result:
     weights = options.pop("sample_weight", None)
-    x, y, weights = part_of((x, y, weights), 0, run.examples)
+    arrays = x, y, weights
+    if examples_in(arrays) < run.examples:
+        raise ValueError(
+            "The data must have as many examples as the run. Received: "
+            f"{examples_in(arrays)} for {run}."
+        )
+    x, y, weights = part_of(arrays, 0, run.examples)
     history = model.fit(
         x,
         y,

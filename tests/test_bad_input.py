@@ -358,6 +358,17 @@ def test_a_bad_optimizer_is_refused(name):
         compiled_anew(make_optimizer, call)()
 
 
+def test_something_else_than_a_model_is_refused():
+    """At the call, not first at the `with`; as bad steps are."""
+    message = r"^`model` must be a `keras.Model`. Received: model='m' \(str\).$"
+    with pytest.raises(TypeError, match=message):
+        accumulate("m", 2)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError):
+        accumulate(model, 0)
+
+
 def test_an_uncompiled_model_is_refused():
     """There is no optimizer; once it is compiled it trains."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

@@ -400,6 +400,39 @@ def test_a_second_optimizer_is_refused(place):
         model.fit(X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)])
 
 
+@needs_graphs
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_step_with_a_compiled_part_is_refused(run_eagerly):
+    """Law 5: what it traced would add to the sums in a plain fit, too."""
+
+    class Inside(keras.Model):
+        def train_step(self, data):
+            return self.compiled_part(*data)
+
+        @tf.function
+        def compiled_part(self, x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(x) - y))
+            variables = self.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            self.optimizer.apply(gradients, variables)
+            return {"loss": loss}
+
+    model = small(Inside)
+    model.compile("sgd", "mse", run_eagerly=run_eagerly)
+    with pytest.raises(
+        RuntimeError,
+        match="The model's `train_step` must apply gradients outside of a "
+        "`tf.function` or `jax.jit` of its own: they are accumulated there, "
+        "and what was traced would stay. Received: a `train_step` of Inside "
+        "that did not.",
+    ):
+        model.fit(X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)])
+    before = model.get_weights()[0]
+    model.fit(X, Y, verbose=0)
+    assert not np.array_equal(model.get_weights()[0], before)
+
+
 def test_a_batch_without_arrays_is_refused():
     """There is nothing to count."""
     with pytest.raises(

@@ -50,8 +50,9 @@ def test_a_step_that_is_compiled_by_its_author_is_refused():
     with pytest.raises(
         RuntimeError,
         match="The model's `train_step` must apply gradients outside of a "
-        "`jax.jit` of its own: they are accumulated there. Received: a "
-        "`train_step` of Compiled that did not.",
+        "`tf.function` or `jax.jit` of its own: they are accumulated there, "
+        "and what was traced would stay. Received: a `train_step` of Compiled "
+        "that did not.",
     ):
         fit(small(Compiled))
 

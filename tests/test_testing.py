@@ -53,7 +53,7 @@ def test_a_model_for_which_the_law_does_not_hold(cut):
         return model
 
     run = Run(examples=8, micro_batch=2, steps=4, cut=cut)
-    with pytest.raises(AssertionError, match="^weights differs by"):
+    with pytest.raises(AssertionError, match="^weights: off by"):
         assert_same_fit(run, build_normalised, X, Y)
 
 
@@ -69,6 +69,27 @@ def test_models_must_begin_alike():
         assert_same_fit(Run(8, 2, 2), lambda: build(next(seeds)), X, Y)
 
 
+def test_models_must_be_two():
+    """One that is trained twice is not compared with anything."""
+    model = build()
+    message = (
+        "^`build` must return a new model each time. Received: one that "
+        "returned the same.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        assert_same_fit(Run(8, 2, 2), lambda: model, X, Y)
+
+
+def test_there_must_be_as_many_examples_as_a_run_has():
+    """Fewer would be another run."""
+    message = (
+        "^The data must have as many examples as the run. Received: 3 for "
+        r"Run\(examples=8, "
+    )
+    with pytest.raises(ValueError, match=message):
+        assert_same_fit(Run(8, 2, 2), build, X[:3], Y[:3])
+
+
 @pytest.fixture(scope="module")
 def result():
     """What a fit ended with."""
@@ -82,9 +103,9 @@ def result():
         ({"weights": []}, "^weights are not as many$"),
         ({"state": []}, "^state are not as many$"),
         ({"history": {"other": [1.0]}}, "^history of .*other.*, not .*loss"),
-        ({"history": {"loss": [1e3]}}, "^history differs by"),
-        ({"history": {"loss": [1.0, 1.0]}}, "^history differs by inf"),
-        ({"history": {"loss": [np.nan]}}, "^history differs by inf"),
+        ({"history": {"loss": [1e3]}}, "^history: off by"),
+        ({"history": {"loss": [1.0, 1.0]}}, "^history: off by inf"),
+        ({"history": {"loss": [np.nan]}}, "^history: off by inf"),
     ],
     ids=["updates", "weights", "state", "names", "logs", "epochs", "nan"],
 )
@@ -101,7 +122,7 @@ def test_a_weight_that_differs_by_more_than_the_bound(result):
     weights = [w + 1e-3 * np.max(np.abs(w)) for w in result.weights]
     other = dataclasses.replace(result, weights=weights)
     assert_same(other, result, 1.1e-3)
-    with pytest.raises(AssertionError, match="^weights differs by 1.0e-03 > "):
+    with pytest.raises(AssertionError, match="^weights: off by 1.0e-03 > "):
         assert_same(other, result, 0.9e-3)
 
 
@@ -120,7 +141,7 @@ def test_nans_must_be_in_the_same_places():
         result([np.nan, 1.0], [np.inf, 2.0]),
         result([1.0, np.nan], [-np.inf, 2.0]),
     ):
-        with pytest.raises(AssertionError, match="^weights differs by"):
+        with pytest.raises(AssertionError, match="^weights: off by"):
             assert_same(other, large, 0.1)
 
 
