@@ -1,11 +1,14 @@
 """What the pages say of Keras's own `gradient_accumulation_steps`."""
 
 import dataclasses
+import functools
 
+import keras
 import numpy as np
 import pytest
 
-from tests.backends import needs_strategies
+from kaccum import testing
+from tests.backends import needs_strategies, only_on
 from tests.reference import (
     Problem,
     build_model,
@@ -91,6 +94,46 @@ def test_keras_own_is_spoilt_by_a_nan():
     model = build_own(FULL)
     model.fit(x, y, FULL.micro_batch, shuffle=False, verbose=0)
     assert np.isnan(model.get_weights()[0]).any()
+
+
+@only_on("tensorflow", reason="others have dense gradients")
+@pytest.mark.parametrize(
+    "make, is_wrong",
+    [
+        (keras.optimizers.Adam, True),
+        (keras.optimizers.RMSprop, True),
+        (keras.optimizers.Adagrad, True),
+        (functools.partial(keras.optimizers.SGD, global_clipnorm=0.1), True),
+        (functools.partial(keras.optimizers.SGD, momentum=0.9), False),
+        (keras.optimizers.SGD, False),
+    ],
+    ids=["adam", "rmsprop", "adagrad", "clipping", "momentum", "sgd"],
+)
+def test_keras_is_wrong_for_repeated_rows(make, is_wrong):
+    """Squares are wrong, without accumulation; a dense gradient is right."""
+    x, y = np.array([[1, 1, 2], [1, 2, 3]] * 4), np.arange(8.0)
+
+    def build():
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Embedding(4, 2), keras.layers.Flatten()]
+        model = keras.Sequential([*layers, keras.layers.Dense(1)])
+        model.compile(make(0.1), "mse", run_eagerly=True)
+        model.build((None, 3))
+        return model
+
+    plain, ours = build(), build()
+    run = testing.Run(8, 4, 2, epochs=3)
+    plain.fit(x, y, 8, epochs=3, verbose=0, shuffle=False)
+    dense = testing.fit_large(run, build(), x, y).weights
+    off = [
+        np.max(np.abs(one - other)) / np.max(np.abs(other))
+        for one, other in (
+            (plain.get_weights()[0], dense[0]),
+            (testing.fit_micro(run, ours, x, y).weights[0], dense[0]),
+        )
+    ]
+    assert off[1] < 1e-5
+    assert off[0] > 1e-3 if is_wrong else off[0] < 1e-5
 
 
 @needs_strategies
