@@ -15,33 +15,31 @@ from kaccum.backend import engine
 from kaccum.patches import SharedPatch
 
 # Taken at import: Keras's own.
-_assign = keras.Variable.assign
+assign = keras.Variable.assign
 _hearing = threading.local()
 
 
-def _tell_and_assign(variable: Any, value: Any) -> Any:
-    hear = getattr(_hearing, "hear", None)
-    if hear is not None and hear(variable):
-        return value
-    return _assign(variable, value)
+def _tell_or_assign(variable: Any, value: Any) -> Any:
+    told = getattr(_hearing, "told", None)
+    return assign(variable, value) if told is None else told(variable, value)
 
 
 #: A context in which assignments are told to who hears them.
-telling = SharedPatch(keras.Variable, "assign", _tell_and_assign)
+telling = SharedPatch(keras.Variable, "assign", _tell_or_assign)
 
 
 @contextlib.contextmanager
-def heard_by(hear: Callable[[Any], bool]) -> Iterator[None]:
-    """Calls `hear` with each variable that this thread is about to assign.
+def heard_by(told: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """Calls `told` with each variable and value instead of assigning them.
 
-    Where it returns true, the assignment is left out.
+    What is not to be left out, it assigns by `assign`.
     """
-    previous = getattr(_hearing, "hear", None)
-    _hearing.hear = hear
+    previous = getattr(_hearing, "told", None)
+    _hearing.told = told
     try:
         yield
     finally:
-        _hearing.hear = previous
+        _hearing.told = previous
 
 
 class MicroBatchState:

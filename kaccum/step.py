@@ -158,7 +158,8 @@ class TrainingStep:
             with contextlib.ExitStack() as stack:
                 enter = stack.enter_context
                 enter(weights.of_one_replica())
-                enter(assignments.heard_by(functools.partial(self._hear, run)))
+                told = functools.partial(self._on_assign, run)
+                enter(assignments.heard_by(told))
                 enter(means.heard_by(functools.partial(self._on_mean, run)))
                 hear = functools.partial(self._on_moments, run)
                 enter(statistics.heard_by(hear))
@@ -239,18 +240,21 @@ class TrainingStep:
             )
         return hooks
 
-    def _hear(self, run: _Run, variable: Any) -> bool:
-        """Whether an assignment is to be left out."""
+    def _on_assign(self, run: _Run, variable: Any, value: Any) -> Any:
+        """Assigns, unless what the layer does is done once an update."""
         if id(variable) in run.still:
             run.still.remove(id(variable))
-            return True
+            return value
         if not variable.trainable and id(variable) not in self._heard:
             self._heard.add(id(variable))
             self._warn_about(variable)
         self.on_assignment(variable)
         if run.may_be_left_out:
             run.state.hear(variable)
-        return False
+        # Else what is counted by batches of a known size, as a metric may be,
+        # would count the one that is not there: see `_on_apply`.
+        with self._engine.after(run.data):
+            return assignments.assign(variable, value)
 
     def _warn_about(self, variable: Any) -> None:
         for layer in normalizations_of(self.model):
