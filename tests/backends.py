@@ -3,11 +3,39 @@
 What cannot apply on all of them is marked, with the reason.
 """
 
+import importlib
+import importlib.util
+
 import keras
 import numpy as np
 import pytest
 
+# `fit` takes an adapter of one's own (Keras 3.0); its class is not public.
+from keras.src.trainers.data_adapters.generator_data_adapter import (
+    GeneratorDataAdapter,
+)
+
 BACKEND = keras.backend.backend()
+
+
+class _TensorFlow:
+    """TensorFlow, imported by the first test that uses it.
+
+    On the other backends none may: it need not be installed there.
+    """
+
+    def __getattr__(self, name):
+        if BACKEND != "tensorflow":
+            raise RuntimeError(f"A test on {BACKEND} asks for TensorFlow.")
+        return getattr(importlib.import_module("tensorflow"), name)
+
+
+tf = _TensorFlow()
+
+
+def graph(function):
+    """A function compiled by its author, where there is `tf.function`."""
+    return tf.function(function) if BACKEND == "tensorflow" else function
 
 
 def only_on(*backends, reason):
@@ -17,9 +45,18 @@ def only_on(*backends, reason):
     )
 
 
+def needs(*packages):
+    """Marks a test of what these packages are for."""
+    found = all(map(importlib.util.find_spec, packages))
+    return pytest.mark.skipif(not found, reason=f"needs {packages}")
+
+
 needs_strategies = only_on("tensorflow", reason="no tf.distribute")
 needs_graphs = only_on("tensorflow", reason="no graphs or tf.function")
 needs_sparse = only_on("tensorflow", reason="no sparse gradients or inputs")
+# Keras's `TensorBoard` writes by TensorFlow, on each backend (3.15).
+needs_tensorboard = needs("tensorboard", "tensorflow")
+needs_demo = needs("sklearn", "matplotlib")
 needs_compiling = only_on("tensorflow", "jax", reason="nothing is compiled")
 
 #: How a model can be compiled, for `tests.reference.Problem`.
@@ -28,6 +65,8 @@ EXECUTIONS = {
     "jax": ["xla", "eager"],
     "torch": ["eager"],
 }[BACKEND]
+
+COMPILED = EXECUTIONS[:-1]
 
 
 def compile_options(execution="graph", steps_per_execution=1):
@@ -49,11 +88,41 @@ def compile_options(execution="graph", steps_per_execution=1):
     }[BACKEND]
 
 
+def eagerly(model):
+    """The model, to be trained once or twice: compiling it takes longer."""
+    model.run_eagerly = True
+    return model
+
+
+def of_unknown_length(batches):
+    """Data for `fit` that does not tell how many batches it has.
+
+    Args:
+        batches: Function that returns an iterator over tuples of arrays, a new
+            one for each epoch. All but the first axis are as in the first.
+    """
+    if BACKEND != "tensorflow":
+        return _Batches(batches)
+    first = next(iter(batches()))
+    specs = [
+        tf.TensorSpec((None, *a.shape[1:])[: a.ndim], a.dtype) for a in first
+    ]
+    return tf.data.Dataset.from_generator(
+        batches, output_signature=tuple(specs)
+    )
+
+
+class _Batches(GeneratorDataAdapter):
+    """As Keras has it for a generator, but anew for each epoch."""
+
+    def __init__(self, batches):
+        super().__init__(batches())
+        self.generator = batches
+
+
 def out_of_memory(message="no more memory"):
     """The error that says so."""
     if BACKEND == "tensorflow":
-        import tensorflow as tf
-
         return tf.errors.ResourceExhaustedError(None, None, message)
     if BACKEND == "jax":
         import jax
@@ -74,14 +143,19 @@ def out_of_memory_in_a_step():
 def error_in_a_step(kind):
     """What becomes of an error of `kind` that the host raises in a step."""
     if BACKEND == "tensorflow":
-        import tensorflow as tf
-
         return tf.errors.OpError
     if BACKEND == "jax":
         import jax
 
         # What was called before raises the one, what is new the other.
         return jax.errors.JaxRuntimeError, ValueError
+    return kind
+
+
+def error_in_the_data(kind):
+    """What becomes of an error of `kind` that data for `fit` raises."""
+    if BACKEND == "tensorflow":
+        return kind, tf.errors.OpError
     return kind
 
 
@@ -106,8 +180,6 @@ def through(tensor, forward, backward):
 
 
 def _through_tensorflow(tensor, forward, backward):
-    import tensorflow as tf
-
     def seen(see, tensor):
         out = tf.py_function(lambda t: see(t.numpy()), [tensor], tensor.dtype)
         out.set_shape(tensor.shape)
@@ -172,8 +244,6 @@ def own_step(loss, has_variables=True):
     """
 
     def of_tensorflow(self, data):
-        import tensorflow as tf
-
         x, y = data
         with tf.GradientTape() as tape:
             value = loss(y, self(x, training=True))
@@ -219,8 +289,3 @@ def own_step(loss, has_variables=True):
     return {"tensorflow": of_tensorflow, "jax": of_jax, "torch": of_torch}[
         BACKEND
     ]
-
-
-def fewer(count):
-    """How many `fit`s to draw: fewer where TensorFlow drew as many before."""
-    return count if BACKEND == "tensorflow" else -(-count // 4)

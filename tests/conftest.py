@@ -1,36 +1,21 @@
-"""Hypothesis profiles, the device, and a check that nothing stays patched."""
+"""What is tested, on which device, by how many processes, at which cost."""
 
 import contextlib
 import gc
 import os
+import pathlib
+import tempfile
 import weakref
 
-import hypothesis
-import keras
 import pytest
-import tensorflow as tf
 
-from kaccum.backend import engine
-from kaccum.keras_private import compiled_loss
-from kaccum.patches import SharedPatch
-from kaccum.session import Session
-from tests.backends import BACKEND
-from tests.reference import split_the_processor
+from tests import counting, profiles
 
-hypothesis.settings.register_profile("dev", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.register_profile(
-    "thorough", deadline=None, max_examples=1000
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-
-# Before anything is computed.
-split_the_processor()
-
-engine()
-# Of classes and modules, each made by the module that needs it.
-SHARED_PATCHES = [p for p in gc.get_objects() if type(p) is SharedPatch]
+# Keras is imported by the processes that run tests, not by the one that only
+# hands tests out: they start at once.
+profiles.register()
+REPORTS = pytest.StashKey()
+CACHE = pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -41,17 +26,137 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_report_header(config):
+def hands_out(config):
+    """Whether other processes run the tests of this one."""
+    return bool(config.getoption("numprocesses", 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As many processes as there are cores, where pytest-xdist is installed.
+
+    Those of a GPU would take its memory from each other.
+    """
+    has_gpu = any(pathlib.Path("/dev").glob("nvidia[0-9]"))
+    is_one_of_them = hasattr(config, "workerinput")
+    if config.pluginmanager.hasplugin("xdist") and not is_one_of_them:
+        if config.option.numprocesses is None and not has_gpu:
+            config.option.numprocesses = "auto"
+            config.option.dist = "worksteal"
+
+
+def pytest_configure(config):
+    config.stash[REPORTS] = []
+    if hasattr(config, "workerinput"):
+        return
+    # What JAX has compiled once, no other process compiles again.
+    config.stash[CACHE] = tempfile.TemporaryDirectory()
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", config.stash[CACHE].name
+    )
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def pytest_unconfigure(config):
+    if CACHE in config.stash:
+        config.stash[CACHE].cleanup()
+
+
+def pytest_sessionstart(session):
+    if hands_out(session.config):
+        return
+    from tests import reference
+
+    counting.count_models()
+    # Before anything is computed.
+    reference.split_the_processor()
+    if keras_backend() == "tensorflow":
+        leave_data_untuned()
+
+
+def keras_backend():
+    import keras
+
+    return keras.backend.backend()
+
+
+def leave_data_untuned():
+    """Has no thread tune the data of a fit.
+
+    At its end an iterator may wait for that thread, which sleeps for up to a
+    minute (TensorFlow 2.21): tests took as long now and then.
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    apply_options = tf.data.Dataset._apply_debug_options
+
+    def untuned(self):
+        return apply_options(self).with_options(options)
+
+    tf.data.Dataset._apply_debug_options = untuned
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what only the nightly profile runs."""
+    if profiles.is_nightly():
+        return
+    left_out = [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if hands_out(config):
+        return
+    report = {**counting.report(), "place": place(config)}
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["kaccum"] = report
+    else:
+        config.stash[REPORTS].append(report)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Keeps what a process did."""
+    if not error and "kaccum" in node.workeroutput:
+        node.config.stash[REPORTS].append(node.workeroutput["kaccum"])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reports = config.stash[REPORTS]
+    if reports:
+        terminalreporter.write_line(
+            f"kaccum computed on {reports[0]['place']}, profile "
+            f"{profiles.name()}"
+        )
+        terminalreporter.write_line(counting.line_of(reports))
+
+
+def place(config):
+    """Where is computed, in words."""
+    import keras
+
+    from kaccum.backend import engine
+
     device = config.getoption("--device") or engine().device_name()
-    return f"kaccum computes on {device}, Keras on {BACKEND}"
+    return f"{device}, Keras {keras.__version__} on {keras_backend()}"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def device(request):
     """Computes everything on the chosen device, in full precision."""
+    import keras
+
+    from kaccum.backend import engine
+
     engine().use_full_precision()
     chosen = request.config.getoption("--device")
-    if chosen is None and BACKEND == "tensorflow":
+    if chosen is None and keras_backend() == "tensorflow":
+        import tensorflow as tf
+
         gpus = tf.config.list_physical_devices("GPU")
         # The first of several parts of the processor.
         chosen = "gpu:0" if gpus else "cpu:0"
@@ -59,9 +164,22 @@ def device(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_patches(device):
+    """Those of classes and modules, made by the module that needs each."""
+    from kaccum.patches import SharedPatch
+
+    return [p for p in gc.get_objects() if type(p) is SharedPatch]
+
+
 @pytest.fixture(autouse=True)
-def nothing_stays_patched(monkeypatch):
+def nothing_stays_patched(monkeypatch, shared_patches):
     """Fails a test that leaves a model, optimizer or loss patched."""
+    import keras
+
+    from kaccum.keras_private import compiled_loss
+    from kaccum.session import Session
+
     sessions = weakref.WeakSet()
     take_over = Session.take_over
 
@@ -77,5 +195,5 @@ def nothing_stays_patched(monkeypatch):
         assert not left, f"an optimizer stayed patched: {left}"
         loss = compiled_loss(session._model)
         assert loss is None or "call" not in vars(loss), "a loss stayed patched"
-    for patch in SHARED_PATCHES:
+    for patch in shared_patches:
         assert not patch.is_installed, f"{vars(patch)} stayed"

@@ -1,24 +1,33 @@
 """The problems that are tested, and their oracle, the plain large-batch fit.
 
-Nothing of kaccum is used here but `kaccum.testing` and devices.
+Nothing of kaccum is used here but `kaccum.testing` and devices. Models are
+compiled once for each architecture, and the oracle is trained once for each
+large batch: both are kept, as compiling is what takes time.
 """
 
+import contextlib
 import dataclasses
 import functools
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from kaccum import testing
 from kaccum.backend import engine
 from kaccum.testing import differences, result_of
-from tests.backends import BACKEND, compile_options
+from tests import counting
+from tests.backends import (
+    BACKEND,
+    compile_options,
+    of_unknown_length,
+    tf,
+)
 
 __all__ = ["differences", "result_of"]
 
 TOKENS, LENGTH, FEATURES, CLASSES = 7, 5, 4, 3
 
+CLASS_WEIGHT = {0: 0.5, 1: 2.0, 2: 1.25}
 OF_TOKENS = ("mask", "mask_mean_with_sample_weight", "sum_of_tokens")
 
 
@@ -58,6 +67,38 @@ class Problem(testing.Run):
     def alone(self):
         """The same problem without a strategy."""
         return dataclasses.replace(self, replicas=0)
+
+    @property
+    def architecture(self):
+        """The problem less its run: what is compiled, and once (law 10)."""
+        return dataclasses.replace(self, **_RUN)
+
+    @property
+    def truth(self):
+        """The run that this one must equal: a large batch an update.
+
+        How it is cut, compiled, fed and spread must not be seen.
+        """
+        return dataclasses.replace(
+            self,
+            micro_batch=self.large_batch,
+            steps=1,
+            cut=False,
+            execution="eager",
+            steps_per_execution=1,
+            unknown_length=False,
+            built=True,
+            replicas=0,
+        )
+
+
+# What can change from fit to fit without another compilation.
+_RUN = {
+    field.name: field.default
+    for field in dataclasses.fields(Problem)
+    if field.name in {each.name for each in dataclasses.fields(testing.Run)}
+    or field.name in ("unknown_length", "validation", "seed")
+}
 
 
 def tolerance(problem):
@@ -125,13 +166,13 @@ def strategy_of(replicas, first=1):
     """
     if replicas == 0:
         return tf.distribute.get_strategy()
-    if replicas == 1:
-        return tf.distribute.OneDeviceStrategy(f"{_kind()}:{first}")
-    return _mirrored(replicas)
+    return _strategy_of(replicas, first if replicas == 1 else 0)
 
 
 @functools.cache
-def _mirrored(replicas):
+def _strategy_of(replicas, first):
+    if replicas == 1:
+        return tf.distribute.OneDeviceStrategy(f"{_kind()}:{first}")
     # Two strategies' collectives would meet each other (TensorFlow 2.21).
     ops = tf.distribute.ReductionToOneDevice() if replicas == 3 else None
     return tf.distribute.MirroredStrategy(
@@ -143,17 +184,90 @@ def _kind():
     return "GPU" if len(tf.config.list_logical_devices("GPU")) > 2 else "CPU"
 
 
-def build_model(problem, optimizer=None):
-    """The compiled model of a problem, always with the same weights."""
+def scope_of(problem):
+    """Where a problem's variables are made."""
+    if problem.replicas == 0:
+        return contextlib.nullcontext()
     # XLA compiles for the first device of a kind only (TensorFlow 2.21).
     first = 0 if problem.execution == "xla" else 1
-    if problem.replicas == 0:
-        return _build_model(problem, optimizer)
-    with strategy_of(problem.replicas, first).scope():
-        return _build_model(problem, optimizer)
+    return strategy_of(problem.replicas, first).scope()
 
 
-def _build_model(problem, optimizer):
+def build_model(problem, optimizer=None):
+    """A new compiled model of a problem, always with the same weights."""
+    with scope_of(problem):
+        return _compiled(_layers_of(problem), problem, optimizer)
+
+
+class Models:
+    """The models that were compiled already, one for each architecture."""
+
+    def __init__(self):
+        self._kept = {}
+
+    def forget(self):
+        """Has each be compiled anew."""
+        self._kept.clear()
+
+    @contextlib.contextmanager
+    def lent(self, problem):
+        """The problem's model as it was when it was new.
+
+        Whatever raises meanwhile, the model is not used again.
+        """
+        model = self._kept.pop(problem.architecture, None)
+        if model is None:
+            model = build_model(problem)
+        else:
+            set_back(model, problem)
+        yield model
+        if problem.built:
+            self._kept[problem.architecture] = model
+
+
+MODELS = Models()
+
+
+def set_back(model, problem):
+    """Gives a trained model all first values, also of its optimizer."""
+    with scope_of(problem):
+        optimizer = build_optimizer(problem)
+        if problem.policy == "mixed_float16" and not problem.loss_scale:
+            # As `compile` does.
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer.build(model.trainable_variables)
+    first = _first_values(problem.architecture, problem.seed)
+    set_values(model, [*first, *_values(optimizer.variables)])
+
+
+@functools.cache
+def _first_values(architecture, seed):
+    problem = dataclasses.replace(architecture, seed=seed)
+    return _values(_layers_of(problem).variables)
+
+
+def variables_of(model):
+    """All that training changes, also of the optimizer, which is built."""
+    return [*model.variables, *model.optimizer.variables]
+
+
+def values_of(model):
+    """The values of `variables_of`."""
+    return _values(variables_of(model))
+
+
+def set_values(model, values):
+    """Sets all of `variables_of`."""
+    for variable, value in zip(variables_of(model), values, strict=True):
+        variable.assign(value)
+
+
+def _values(variables):
+    return [keras.ops.convert_to_numpy(variable) for variable in variables]
+
+
+def _layers_of(problem):
+    """The model, not compiled."""
     keras.utils.set_random_seed(problem.seed)
     layers = keras.layers
     options = {
@@ -179,9 +293,12 @@ def _build_model(problem, optimizer):
         stack.append(layers.Dense(CLASSES))
         if problem.built:
             stack.insert(0, keras.Input(shape, dtype=dtype))
-        model = keras.Sequential(stack)
+        return keras.Sequential(stack)
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _compiled(model, problem, optimizer):
     reduction = {
         "sum": "sum",
         "sum_of_tokens": "sum",
@@ -194,7 +311,13 @@ def _build_model(problem, optimizer):
             from_logits=True, reduction=reduction
         ),
         metrics=["accuracy"],
-        weighted_metrics=["sparse_categorical_crossentropy"],
+        # Of logits: by its name alone it would take them for probabilities, and
+        # logarithms of what is cut at 0 show rounding a hundred times as large.
+        weighted_metrics=[
+            keras.metrics.SparseCategoricalCrossentropy(
+                "sparse_categorical_crossentropy", from_logits=True
+            )
+        ],
         **compile_options(problem.execution, problem.steps_per_execution),
     )
     return model
@@ -228,28 +351,52 @@ class _AddsLoss(keras.layers.Layer):
 
 
 def fit_large(problem, model=None):
-    """The truth: one batch an update, and no callback."""
+    """The truth: one batch an update, and no callback.
+
+    Args:
+        problem: What is trained.
+        model: What trains. By default one that runs eagerly on one device; its
+            result is remembered.
+    """
+    if model is None:
+        kept = _truth_of(problem.truth)
+        return dataclasses.replace(kept, history=dict(kept.history))
     x, y, w = data(problem)
+    options = _fit_options(problem)
     return testing.fit_large(
-        problem,
-        model or build_model(problem.alone),
-        x,
-        y,
-        sample_weight=w,
-        **_fit_options(problem),
+        problem, model, x, y, sample_weight=w, **options
     )
 
 
+@functools.cache
+def _truth_of(problem):
+    with MODELS.lent(problem) as model:
+        result = fit_large(problem, model)
+    # The model will train something else.
+    return dataclasses.replace(result, model=None)
+
+
 def fit_micro(problem, model=None, callbacks=None):
-    """The same run in micro-batches, with kaccum."""
-    model = model or build_model(problem)
+    """The same run in micro-batches, with kaccum.
+
+    Args:
+        problem: What is trained.
+        model: What trains. By default one of its architecture that may have
+            been compiled by another test, with its first weights.
+        callbacks: Those of `fit`. By default what accumulates, alone.
+    """
+    if callbacks is None:
+        callbacks = [problem.callback]
+    if callbacks:
+        counting.runs.add(problem)
+    if model is None:
+        with MODELS.lent(problem) as model:
+            return fit_micro(problem, model, callbacks)
     options = _fit_options(problem)
     x, y, w = data(problem)
     if problem.unknown_length:
-        if callbacks is None:
-            callbacks = [problem.callback]
         history = model.fit(
-            _dataset(problem, x, y, w),
+            _dataset(problem, x, y, w, options),
             epochs=problem.epochs,
             verbose=0,
             callbacks=callbacks,
@@ -278,23 +425,21 @@ def check(problem):
 def _fit_options(problem):
     options = {}
     if problem.kind == "class_weight":
-        options["class_weight"] = {0: 0.5, 1: 2.0, 2: 1.25}
+        options["class_weight"] = CLASS_WEIGHT
     if problem.validation:
         options["validation_data"] = data(problem)[:2]
         options["validation_batch_size"] = problem.examples
     return options
 
 
-def _dataset(problem, x, y, w):
+def _dataset(problem, x, y, w, options):
+    if BACKEND != "tensorflow" and options.pop("class_weight", None):
+        # Keras multiplies them by those of data that it knows.
+        w = np.array([CLASS_WEIGHT[label] for label in y], "float32")
     arrays = (x, y) if w is None else (x, y, w)
 
     def batches():
         for start in range(0, len(x), problem.batch):
             yield tuple(a[start : start + problem.batch] for a in arrays)
 
-    return tf.data.Dataset.from_generator(
-        batches,
-        output_signature=tuple(
-            tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in arrays
-        ),
-    )
+    return of_unknown_length(batches)

@@ -3,8 +3,8 @@
 import keras
 from hypothesis import strategies as st
 
-from kaccum.testing import runs
-from tests.backends import EXECUTIONS
+from kaccum.testing import Run, runs
+from tests.backends import BACKEND, EXECUTIONS
 from tests.reference import Problem
 
 # Every optimizer of the installed Keras but those that wrap others.
@@ -35,6 +35,117 @@ OPTIONS = [
     (("use_ema", True), ("ema_overwrite_frequency", 2)),
     (("loss_scale_factor", 8.0),),
 ]
+# What is compiled: each value of each field that matters to it, once or more.
+ARCHITECTURES = {
+    "adam": {},
+    "weighted-clipped": {
+        "kind": "sample_weight",
+        "optimizer": "SGD",
+        "options": (("clipnorm", 0.05),),
+        "schedule": True,
+    },
+    "class-weights-decayed": {
+        "kind": "class_weight",
+        "optimizer": "RMSprop",
+        "options": (("weight_decay", 0.1), ("epsilon", 1e-3)),
+        "constraint": "unit_norm",
+        "steps_per_execution": 2,
+    },
+    "mask-averaged": {
+        "kind": "mask",
+        "token_weights": True,
+        "options": (
+            ("use_ema", True),
+            ("ema_momentum", 0.8),
+            ("epsilon", 1e-3),
+        ),
+        "unused": True,
+    },
+    "mask-plain": {
+        "kind": "mask",
+        "optimizer": "SGD",
+        "options": (("global_clipnorm", 0.05),),
+        "regularizer": "l2",
+        "steps_per_execution": 5,
+    },
+    "mask-weighted-mean": {
+        "kind": "mask_mean_with_sample_weight",
+        "token_weights": True,
+        "options": (("clipvalue", 0.01), ("epsilon", 1e-3)),
+    },
+    "weighted-mean-scaled": {
+        "kind": "mean_with_sample_weight",
+        "optimizer": "RMSprop",
+        "options": (("epsilon", 1e-3),),
+        "loss_scale": 64.0,
+    },
+    "sum-regularized": {
+        "kind": "sum",
+        "optimizer": "SGD",
+        "options": (("global_clipnorm", 0.05),),
+        "regularizer": "l2",
+        "frozen": True,
+        "steps_per_execution": 2,
+    },
+    "sum-of-tokens": {
+        "kind": "sum_of_tokens",
+        "token_weights": True,
+        "optimizer": "SGD",
+        "options": (("loss_scale_factor", 8.0),),
+        "frozen": True,
+    },
+    "averages-written-back": {
+        "optimizer": "SGD",
+        "options": (("use_ema", True), ("ema_overwrite_frequency", 2)),
+        "loss_scale": 64.0,
+        "schedule": True,
+        "unused": True,
+    },
+    "added-loss": {
+        "kind": "sample_weight",
+        "options": (("epsilon", 1e-3),),
+        "add_loss": True,
+        "constraint": "unit_norm",
+        "steps_per_execution": 5,
+    },
+    "everything-at-once": {
+        "kind": "mean_with_sample_weight",
+        "optimizer": "SGD",
+        "options": (("clipnorm", 0.05),),
+        "regularizer": "l2",
+        "constraint": "unit_norm",
+        "frozen": True,
+        "unused": True,
+        "schedule": True,
+        "steps_per_execution": 2,
+    },
+}
+
+
+def runs_here():
+    """Runs, on JAX of few sizes of batches: each is compiled anew."""
+    if BACKEND != "jax":
+        return runs()
+    return st.builds(
+        Run,
+        examples=st.integers(1, 18).map(lambda half: 2 * half),
+        micro_batch=st.just(4),
+        steps=st.integers(2, 3),
+        epochs=st.integers(1, 2),
+        cut=st.booleans(),
+    )
+
+
+@st.composite
+def runs_of(draw, fields, **fixed):
+    """A problem with given fields, of which only the run is drawn."""
+    drawn = {
+        **vars(draw(runs_here())),
+        "unknown_length": draw(st.booleans()),
+        "validation": draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+    }
+    return Problem(**{**drawn, **fields, **fixed})
 
 
 @st.composite
@@ -56,7 +167,7 @@ def optimizers(draw):
 def problems(draw, **fixed):
     """A whole problem; `fixed` fields are not drawn."""
     drawn = {
-        **vars(draw(runs())),
+        **vars(draw(runs_here())),
         "kind": draw(st.sampled_from(KINDS)),
         "token_weights": draw(st.booleans()),
         "frozen": draw(st.booleans()),

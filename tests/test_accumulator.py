@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from kaccum import GradientAccumulator
-from tests.backends import needs_sparse, only_on
+from tests.backends import needs_sparse, only_on, tf
+from tests.profiles import drawn
 
 VARIABLES = [keras.Variable(np.zeros(3, "float32")) for _ in range(2)]
 
@@ -30,7 +31,7 @@ micro_batches = st.tuples(
 )
 
 
-@hypothesis.settings(max_examples=300)
+@drawn(300)
 @hypothesis.given(st.lists(st.lists(micro_batches, min_size=1), max_size=3))
 def test_an_update_gets_the_weighted_mean(windows):
     """Laws 2, 4 and 8, window after window."""
@@ -92,8 +93,6 @@ def test_sums_of_float64_are_float64():
 @needs_sparse
 def test_repeated_rows_of_a_sparse_gradient_add_up():
     """Law 8: the row that occurs twice counts twice."""
-    import tensorflow as tf
-
     seen = []
     variable = keras.Variable(np.zeros((3, 1), "float32"))
     sums = accumulator(seen)

@@ -5,11 +5,11 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import ops
 
 from kaccum import GradientAccumulationCallback, GradientAccumulator, accumulate
-from tests.backends import BACKEND, needs_graphs
+from tests.backends import BACKEND, needs_graphs, of_unknown_length, tf
+from tests.reference import set_values, values_of
 
 X, Y = np.ones((10, 2), "float32"), np.ones((10, 1), "float32")
 STEPS = (
@@ -104,9 +104,9 @@ def of_arrays(*arrays):
     """A call that is to cut a batch of these."""
 
     def call(model):
-        batch = tf.data.Dataset.from_tensors(arrays)
+        batches = of_unknown_length(lambda: iter([arrays]))
         callback = GradientAccumulationCallback(micro_batch_size=2)
-        model.fit(batch, verbose=0, callbacks=[callback])
+        model.fit(batches, verbose=0, callbacks=[callback])
 
     return call
 
@@ -245,19 +245,6 @@ BAD_CALLS = {
 }
 
 
-def variables(model):
-    return [*model.variables, *model.optimizer.variables]
-
-
-def state(model):
-    return [v.numpy() for v in variables(model)]
-
-
-def set_state(model, values):
-    for variable, value in zip(variables(model), values, strict=True):
-        variable.assign(value)
-
-
 @pytest.fixture(scope="module")
 def model():
     """A model to call badly, its first state, and that after a good fit."""
@@ -266,9 +253,9 @@ def model():
     twin.set_weights(model.get_weights())
     for each in (model, twin):
         each.optimizer.build(each.trainable_variables)
-    before = state(model)
+    before = values_of(model)
     fit(twin, GradientAccumulationCallback(2))
-    return model, before, state(twin)
+    return model, before, values_of(twin)
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
@@ -276,16 +263,16 @@ def test_a_bad_call_is_refused_and_nothing_is_lost(name, model):
     """A whole sentence; and the model trains as if it had not been called."""
     model, before, after = model
     call, error, message = BAD_CALLS[name]
-    set_state(model, before)
+    set_values(model, before)
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call(model)
     if name != "accumulate-in-fit":
         # (There the fit had made its update.)
-        for mine, value in zip(state(model), before, strict=True):
+        for mine, value in zip(values_of(model), before, strict=True):
             np.testing.assert_array_equal(mine, value)
-    set_state(model, before)
+    set_values(model, before)
     fit(model, GradientAccumulationCallback(2))
-    for mine, value in zip(state(model), after, strict=True):
+    for mine, value in zip(values_of(model), after, strict=True):
         np.testing.assert_array_equal(mine, value)
 
 

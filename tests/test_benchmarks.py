@@ -6,8 +6,11 @@ import pytest
 
 from benchmarks import growth, memory, speed
 from benchmarks.networks import Network, many_variables, normal
-from benchmarks.ways import BARE, PLAIN, STEPS, WAYS, ratio
+from benchmarks.ways import BARE, CUT, PLAIN, STEPS, WAYS, ratio
 from tests.backends import BACKEND, only_on
+from tests.profiles import is_nightly, nightly
+
+pytest.importorskip("matplotlib", reason="benchmarks draw")
 
 TINY = Network(lambda: many_variables(4), normal(16), 2, 32)
 
@@ -25,14 +28,15 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
     options = ["--rounds", "1", "--networks", "tiny", "--check"]
     options += ["--csv", files[0], "--plot", files[1]]
+    options += [] if is_nightly() else ["--quick"]
     assert speed.main(options) == 0
     with open(files[0]) as file:
         rows = list(csv.DictReader(file))
     cases = [(row["xla"], row["window"], row["way"]) for row in rows]
     assert sorted(cases) == sorted(
         (xla, window, way)
-        for xla in map(str, speed.KINDS[BACKEND])
-        for window in ("2", "8", "32")
+        for xla in map(str, speed.KINDS[BACKEND][: None if is_nightly() else 1])
+        for window in (("2", "8", "32") if is_nightly() else ("8",))
         for way in WAYS
     )
     for row in rows:
@@ -58,6 +62,34 @@ def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
     assert speed.main(options) == 0
 
 
+def rows_of(peaks):
+    """Runs of the benchmark of memory that took no process."""
+
+    def row(network, is_xla, way):
+        return memory.Row(network, is_xla, way, 100.0, 50.0, peaks[way], 9.0)
+
+    return row
+
+
+@pytest.mark.parametrize("peak, status", [(209.0, 0), (400.0, 1)])
+def test_memory_tells_of_a_missed_target(
+    peak, status, monkeypatch, tmp_path, capsys
+):
+    """`--check` fails where the sums take more than the weights, and a bit."""
+    peaks = {PLAIN: 100.0, STEPS: 100.0, CUT: peak}
+    monkeypatch.setattr(memory, "in_another_process", rows_of(peaks))
+    files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
+    options = ["--quick", "--csv", files[0], "--plot", files[1]]
+    assert memory.main([*options, "--check"]) == status
+    with open(files[0]) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows[:3]] == [PLAIN, STEPS, CUT]
+    printed = capsys.readouterr().out
+    assert ("target missed" in printed) == (status == 1)
+    assert memory.main(options) == 0
+
+
+@nightly
 @only_on("tensorflow", "torch", reason="JAX takes 1.2 times the weights")
 def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     """The sums are at most what the target allows, and freed afterwards."""
@@ -73,6 +105,7 @@ def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     assert "target missed" not in capsys.readouterr().out
 
 
+@nightly
 @only_on("tensorflow", "torch", reason="it measures what is not XLA's")
 def test_growth_measures_every_size(monkeypatch, tmp_path):
     """A row for each way and size."""

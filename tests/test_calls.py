@@ -5,10 +5,8 @@ import weakref
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from kaccum.tensorflow.calls import CompiledCall
-from tests.backends import needs_graphs
+from tests.backends import needs_graphs, tf
 
 pytestmark = needs_graphs
 
@@ -20,22 +18,38 @@ def nesting(argument):
     return repr(tf.nest.map_structure(lambda part: part is None, argument))
 
 
-X, Y, W = tf.ones((4, 2)), 2.0 * tf.ones((4, 2)), 3.0 * tf.ones((4, 2))
+def compiled_call(function):
+    """The function, called without looking at each signature."""
+    # Elsewhere there is no TensorFlow to import.
+    from kaccum.tensorflow.calls import CompiledCall
+
+    return CompiledCall(function)
+
+
+def tensors():
+    """Three that differ."""
+    return [float(i) * tf.ones((4, 2)) for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [(X, Y, None), (X, None, W), (X, Y, W), (X, Y, None)],
-        [{"a": X, "b": Y}, {"b": W, "a": X}, {"a": X, "c": W}],
-        [X, tf.ones((3, 2)), tf.ones((4, 2), "int32"), np.ones((4, 2)), X],
-        [(X, (Y, W)), ((X, Y), W), (X, Y, W)],
-        [
+        lambda x, y, w: [(x, y, None), (x, None, w), (x, y, w), (x, y, None)],
+        lambda x, y, w: [{"a": x, "b": y}, {"b": w, "a": x}, {"a": x, "c": w}],
+        lambda x, y, w: [
+            x,
+            tf.ones((3, 2)),
+            tf.ones((4, 2), "int32"),
+            np.ones((4, 2)),
+            x,
+        ],
+        lambda x, y, w: [(x, (y, w)), ((x, y), w), (x, y, w)],
+        lambda x, y, w: [
             tf.ragged.constant([[1], [2, 3]]),
             tf.ragged.constant([[1, 2, 3]]),
             tf.ragged.constant([[1], [2, 3]]),
         ],
-        [tf.sparse.eye(3), tf.sparse.eye(2), X],
+        lambda x, y, w: [tf.sparse.eye(3), tf.sparse.eye(2), x],
     ],
     ids=["none", "dict", "shape", "nesting", "ragged", "sparse"],
 )
@@ -51,8 +65,8 @@ def test_a_call_is_that_of_a_function_not_compiled(arguments):
         ]
         return tf.constant(nesting(argument)), tf.stack(sums)
 
-    compiled = CompiledCall(function)
-    for argument in arguments * 2:
+    compiled = compiled_call(function)
+    for argument in arguments(*tensors()) * 2:
         for found, expected in zip(compiled(argument), function(argument)):
             assert np.array_equal(found.numpy(), expected.numpy())
 
@@ -60,7 +74,7 @@ def test_a_call_is_that_of_a_function_not_compiled(arguments):
 def test_a_call_is_traced_once_for_calls_alike():
     """Law 10."""
     traces = []
-    compiled = CompiledCall(lambda pair: traces.append(1) or pair[0] + pair[1])
+    compiled = compiled_call(lambda pair: traces.append(1) or pair[0] + pair[1])
     for i in range(5):
         pair = (tf.constant(float(i)), tf.constant(1.0))
         assert float(compiled(pair)) == i + 1
@@ -77,12 +91,13 @@ def test_an_error_while_tracing_is_raised_each_time():
             raise ValueError("mine")
         return argument[0]
 
-    compiled = CompiledCall(function)
-    compiled((X, (Y, W)))
+    compiled = compiled_call(function)
+    x, y, w = tensors()
+    compiled((x, (y, w)))
     for _ in range(2):
         with pytest.raises(ValueError, match="mine"):
-            compiled(((X, Y), W))
-    assert np.array_equal(compiled((Y, (Y, W))), Y)
+            compiled(((x, y), w))
+    assert np.array_equal(compiled((y, (y, w))), y)
 
 
 def test_iterators_and_batches_in_turn():
@@ -92,7 +107,7 @@ def test_iterators_and_batches_in_turn():
         is_iterator = isinstance(source, tf.data.Iterator)
         return source.get_next() if is_iterator else -source
 
-    compiled = CompiledCall(function)
+    compiled = compiled_call(function)
     iterator = iter(tf.data.Dataset.range(1, 10))
     batch = tf.constant(5, "int64")
     sources = (iterator, batch, iterator, batch, batch, iterator)
@@ -108,7 +123,7 @@ def test_iterators_are_pulled_and_let_go():
         traces.append(1)
         return iterator.get_next()
 
-    compiled = CompiledCall(function)
+    compiled = compiled_call(function)
     first = iter(tf.data.Dataset.range(0, 10))
     second = iter(tf.data.Dataset.range(5, 10))
     pulled = [int(compiled(it)) for it in (first, first, second, first)]

@@ -5,11 +5,10 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import ops
 
 from kaccum import GradientAccumulationCallback, weights
-from tests.backends import BACKEND, needs_graphs, own_step
+from tests.backends import BACKEND, eagerly, graph, needs_graphs, own_step, tf
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
@@ -21,7 +20,7 @@ def assert_same_training(build, x=X, y=Y, logs=True, **options):
     runs = []
     for size, callbacks in ((4, [GradientAccumulationCallback(3)]), (12, [])):
         keras.utils.set_random_seed(0)
-        model = build()
+        model = build() if callbacks else eagerly(build())
         history = model.fit(
             x,
             y,
@@ -91,7 +90,7 @@ class TwoCalls(keras.Model):
 class Decorated(keras.Model):
     """A training step that is a `tf.function`."""
 
-    @tf.function
+    @graph
     def train_step(self, data):
         return super().train_step(data)
 
@@ -120,7 +119,7 @@ class OwnLoss(keras.Model):
 class OwnCompiledLoss(keras.Model):
     """A `compute_loss` inside a `tf.function` of its own."""
 
-    @tf.function
+    @graph
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         return 2 * super().compute_loss(x, y, y_pred, sample_weight)
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from kaccum.session import Session
 from tests.backends import only_on
 from tests.pages import examples_of
+from tests.profiles import drawn
 from tests.reference import (
     Problem,
     assert_same,
+    build_model,
     data,
     fit_large,
     fit_micro,
@@ -46,7 +48,7 @@ def model_parallel():
     )
 
 
-@hypothesis.settings(max_examples=8)
+@drawn(8)
 @hypothesis.given(
     devices=st.sampled_from([2, 4]),
     batches=st.integers(1, 7),
@@ -68,7 +70,7 @@ def test_devices_train_as_one(devices, batches, last, **fields):
         **fields,
     )
     with data_parallel(devices).scope():
-        micro = fit_micro(problem)
+        micro = fit_micro(problem, build_model(problem))
     assert_same(problem, micro, fit_large(problem))
 
 
@@ -98,7 +100,8 @@ def test_weights_in_parts_train_as_whole_ones(kind, cut, execution):
     keras.backend.clear_session()
     watches = Watches()
     with model_parallel().scope():
-        micro = fit_micro(problem, callbacks=[problem.callback, watches])
+        callbacks = [problem.callback, watches]
+        micro = fit_micro(problem, build_model(problem), callbacks)
     assert_same(problem, micro, fit_large(problem))
     assert all(weight == total for _, weight, total in watches.seen)
     in_parts = {shape for shape, part, _ in watches.seen if shape != part}
@@ -123,8 +126,6 @@ PROBLEM = Problem(
 
 def train(problem, process, folder):
     """What one of two processes does: it has half of each batch."""
-    from tests.reference import build_model
-
     x, y, _ = data(problem)
     model = build_model(problem)
     history = model.fit(

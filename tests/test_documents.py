@@ -19,8 +19,9 @@ from kaccum import (
     accumulate,
 )
 from kaccum.testing import assert_same_fit
-from tests.backends import BACKEND, needs_graphs, only_on
+from tests.backends import BACKEND, needs_demo, needs_graphs, only_on
 from tests.pages import PAGES, README, ROOT, examples_of
+from tests.profiles import at_night, nightly
 
 # Marks of examples that do not run here; `test_distribution` runs the first.
 OTHERS = ("on two machines", "other library")
@@ -132,6 +133,7 @@ def test_every_test_that_a_page_names_exists():
     assert [n for n in names if f"def {n}(" not in tests] == []
 
 
+@needs_demo
 def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
     """`python -m kaccum` exits with 0 and draws."""
     path = tmp_path / "plot.png"
@@ -141,7 +143,8 @@ def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
     assert path.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("size", ["100", "auto"])
+@needs_demo
+@pytest.mark.parametrize("size", ["auto", *at_night(["100"])])
 def test_the_main_job_cuts_large_batches(size, capsys):
     """`--micro-batch-size` is the other way to ask."""
     options = ["--epochs", "1", "--batch-size", "256"]
@@ -151,6 +154,8 @@ def test_the_main_job_cuts_large_batches(size, capsys):
     assert ("fit in memory" in printed) == (size == "auto")
 
 
+@nightly
+@needs_demo
 @only_on("tensorflow", "jax", reason="one device only")
 def test_the_main_job_has_replicas():
     """`--replicas`, where a program has made no strategy yet."""
@@ -160,6 +165,7 @@ def test_the_main_job_has_replicas():
     assert "kaccum's run is the large-batch run" in done.stdout
 
 
+@needs_demo
 def test_the_main_job_finds_another_run(monkeypatch, capsys):
     """`python -m kaccum` exits with 1 where the runs differ."""
     monkeypatch.setattr(

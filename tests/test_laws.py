@@ -7,7 +7,6 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import strategies as st
 from keras import ops
 
@@ -18,55 +17,16 @@ from tests import reference
 from tests.backends import (
     BACKEND,
     EXECUTIONS,
-    fewer,
     holds_memory,
     needs_compiling,
     needs_graphs,
     only_on,
+    tf,
 )
+from tests.profiles import at_night, drawn
+from tests.recorders import Recorder, Stop, is_equal
 from tests.reference import Problem, build_model, data, fit_micro
-from tests.strategies import problems
-
-
-class Recorder(keras.callbacks.Callback):
-    """Keeps the state of model and optimizer at each batch and epoch."""
-
-    def __init__(self):
-        super().__init__()
-        self.batches, self.epochs, self.validations = [], [], []
-
-    def state(self):
-        optimizer = self.model.optimizer
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        variables = [*self.model.trainable_variables, *inner.variables]
-        return [v.numpy() for v in variables]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.batches.append(self.state())
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.epochs.append(int(self.model.optimizer.iterations))
-
-    def on_test_begin(self, logs=None):
-        self.validations.append(int(self.model.optimizer.iterations))
-
-
-class Raise(keras.callbacks.Callback):
-    """Raises at a batch, or stops the training there."""
-
-    def __init__(self, batch, error=None):
-        super().__init__()
-        self.batch, self.error = batch, error
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == self.batch:
-            if self.error is not None:
-                raise self.error
-            self.model.stop_training = True
-
-
-def is_equal(a, b):
-    return all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
+from tests.strategies import problems, runs_of
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -92,7 +52,7 @@ def test_overflow_skips_one_update_and_halves_the_scale_once():
     problem = Problem(loss_scale=1024.0, epochs=1, examples=24)
     x, y, _ = data(problem)
     x[5] = np.inf
-    model, twin = build_model(problem), build_model(problem)
+    model, twin = build_model(problem), build_model(problem.truth)
     recorder = Recorder()
     model.fit(
         x,
@@ -113,8 +73,11 @@ def test_overflow_skips_one_update_and_halves_the_scale_once():
     )
 
 
-@hypothesis.settings(max_examples=fewer(8))
-@hypothesis.given(problems(execution="graph", validation=True, kind="mean"))
+@drawn(16)
+@hypothesis.given(
+    problems(execution=EXECUTIONS[-1], validation=True, kind="mean")
+    | runs_of({"execution": EXECUTIONS[0]}, validation=True)
+)
 def test_an_epoch_ends_with_no_open_window(problem):
     """Law 4: the short window is applied before validation and callbacks."""
     recorder = Recorder()
@@ -129,7 +92,7 @@ def test_an_epoch_ends_with_no_open_window(problem):
 def test_a_stopped_epoch_ends_with_no_open_window():
     """Law 4: also where a callback stops the epoch inside a window."""
     recorder = Recorder()
-    callbacks = [recorder, Raise(3), GradientAccumulationCallback(3)]
+    callbacks = [recorder, Stop(3), GradientAccumulationCallback(3)]
     fit_micro(Problem(validation=True), callbacks=callbacks)
     assert recorder.validations == recorder.epochs == [2]
 
@@ -184,14 +147,20 @@ def test_a_py_dataset_trains_as_the_large_batch():
     reference.assert_same(problem, micro, reference.fit_large(problem))
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("is_first", "error"),
+    [
+        (True, ValueError("mine")),
+        (False, KeyboardInterrupt()),
+        *at_night([(False, ValueError("mine")), (True, KeyboardInterrupt())]),
+    ],
+)
 def test_an_interrupted_fit_leaves_nothing_behind(error, is_first):
     """Law 5: the next uses of the model know nothing of the open window."""
     problem = Problem(epochs=1)
     x, y, _ = data(problem)
     model = build_model(problem)
-    callbacks = [GradientAccumulationCallback(3), Raise(4, error)]
+    callbacks = [GradientAccumulationCallback(3), Stop(4, error)]
     with pytest.raises(type(error)):
         fit_micro(problem, model, callbacks[:: 1 if is_first else -1])
     before = model.get_weights()
@@ -309,7 +278,7 @@ def test_metrics_asked_for_after_an_interruption_update_nothing():
     model = build_model(Problem())
     with pytest.raises(KeyboardInterrupt):
         callback = GradientAccumulationCallback(3)
-        fit_micro(Problem(), model, [callback, Raise(0, KeyboardInterrupt())])
+        fit_micro(Problem(), model, [callback, Stop(0, KeyboardInterrupt())])
     before = model.get_weights()
 
     class Trainer:
@@ -450,7 +419,7 @@ def test_nothing_is_compiled_twice():
 
 def test_the_sums_are_freed_after_fit():
     """The sums take memory only while a fit runs."""
-    result = fit_micro(Problem())
+    result = fit_micro(Problem(), build_model(Problem()))
     session = Session.of(result.model)
     assert [len(a._sums) for a in session._step.accumulators] == [6]
     for accumulator in session._step.accumulators:
@@ -475,7 +444,8 @@ def test_a_step_holds_no_conditional(monkeypatch):
 
     def conditionals(callbacks, **fields):
         counts.clear()
-        fit_micro(Problem(optimizer="SGD", **fields), callbacks=callbacks)
+        problem = Problem(optimizer="SGD", **fields)
+        fit_micro(problem, build_model(problem), callbacks)
         return set(counts)
 
     assert conditionals([GradientAccumulationCallback(3)]) == {0}
@@ -483,7 +453,7 @@ def test_a_step_holds_no_conditional(monkeypatch):
     assert 0 not in conditionals([], loss_scale=64.0)
 
 
-@hypothesis.settings(max_examples=300)
+@drawn(300)
 @hypothesis.given(st.integers(1, 9), st.lists(st.integers(1, 7), max_size=9))
 def test_windows_close_every_so_many_micro_batches(steps, executions):
     """Law 4: however the micro-batches are taken."""

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from kaccum import GradientAccumulationCallback, accumulate
-from tests.backends import EXECUTIONS, needs_graphs
+from tests.backends import EXECUTIONS, eagerly, needs_graphs, tf
 from tests.reference import Problem, build_model, data, fit_large
 
 RNG = np.random.default_rng(0)
@@ -56,6 +56,8 @@ def test_losses_of_outputs_and_scalar_metrics(execution, batch, options):
     callback = GradientAccumulationCallback(**options)
     for size, callbacks in ((12, []), (batch, [callback])):
         model = two_outputs(execution)
+        if not callbacks:
+            eagerly(model)
         history = model.fit(
             x,
             targets,
@@ -140,6 +142,32 @@ def test_metrics_that_are_reset_inside_a_window(execution):
             truth = model.test_on_batch(X[part], batch, return_dict=True)
             for name in truth:
                 assert mine[name] == pytest.approx(truth[name], rel=1e-6), name
+
+
+@needs_graphs
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_the_end_of_the_data_is_no_batch(steps_per_execution):
+    """Law 4: TensorFlow runs what does not depend on a batch once more (2.21).
+
+    As where a metric counts a batch whose size is known.
+    """
+    x, y, _ = data(Problem(examples=12))
+
+    def batches(size):
+        arrays = tf.data.Dataset.from_tensor_slices((x, y))
+        # Its length is not known, the shapes of its batches are.
+        arrays = arrays.filter(lambda x, y: True)
+        return arrays.batch(size, drop_remainder=True)
+
+    problem = Problem(steps_per_execution=steps_per_execution)
+    model, twin = build_model(problem), build_model(problem.truth)
+    options = {"verbose": 0, "shuffle": False}
+    callbacks = [GradientAccumulationCallback(3)]
+    mine = model.fit(batches(4), callbacks=callbacks, **options).history
+    truth = twin.fit(x, y, 12, **options).history
+    assert mine.keys() == truth.keys() >= {"accuracy"}
+    for name in truth:
+        assert mine[name] == pytest.approx(truth[name], rel=1e-6), name
 
 
 @needs_graphs

@@ -3,7 +3,8 @@
 That it trains as the large batch is in test_same_fit.py, for both ways.
 """
 
-import dataclasses
+import functools
+import gc
 import itertools
 import re
 
@@ -11,7 +12,6 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import strategies as st
 
 from kaccum import GradientAccumulationCallback, attempts
@@ -21,14 +21,17 @@ from tests.backends import (
     BACKEND,
     EXECUTIONS,
     compile_options,
+    eagerly,
     error_in_a_step,
-    fewer,
+    error_in_the_data,
     needs_graphs,
     needs_sparse,
+    of_unknown_length,
     out_of_memory,
-    out_of_memory_in_a_step,
-    through,
+    tf,
 )
+from tests.layers import Hungry, Watched, stateful
+from tests.profiles import at_night, drawn
 from tests.reference import (
     Problem,
     assert_same,
@@ -36,6 +39,8 @@ from tests.reference import (
     data,
     fit_micro,
     result_of,
+    set_values,
+    values_of,
 )
 
 # XLA runs no functions of the host on TensorFlow.
@@ -53,6 +58,7 @@ Y = RNG.integers(0, 3, EXAMPLES)
 # How a batch is cut: plain numbers.
 
 
+@drawn(100)
 @hypothesis.given(
     st.lists(st.integers(0, 5000), min_size=1, max_size=4).filter(any),
     st.integers(1, 600),
@@ -68,6 +74,7 @@ def test_parts_are_few_and_equal(examples, most):
         assert sizes == tuple(sorted(sizes, reverse=True))
 
 
+@drawn(100)
 @hypothesis.given(st.lists(st.integers(1, 300), min_size=1), st.integers(1, 99))
 def test_auto_halves_until_it_fits(batches, limit):
     """Never asks for as much as what failed, and fails only as often."""
@@ -93,8 +100,15 @@ def test_one_example_is_not_halved():
 # What `fit` shows is the large batch.
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("steps_per_execution", [1, 2])
+@pytest.mark.parametrize(
+    ("execution", "steps_per_execution"),
+    [
+        (EXECUTIONS[0], 1),
+        (EXECUTIONS[0], 2),
+        (EXECUTIONS[-1], 1),
+        *at_night(itertools.product(EXECUTIONS, [1, 2])),
+    ],
+)
 def test_batches_may_change_their_size(execution, steps_per_execution):
     """Law 1, also where the length of the data is unknown."""
     problem = Problem(
@@ -106,28 +120,25 @@ def test_batches_may_change_their_size(execution, steps_per_execution):
         for start, end in itertools.pairwise([0, *ends]):
             yield X[start:end], Y[start:end]
 
-    batches = tf.data.Dataset.from_generator(
-        batches,
-        output_signature=(
-            tf.TensorSpec((None, FEATURES)),
-            tf.TensorSpec((None,), tf.int64),
-        ),
-    )
+    class Known(keras.utils.PyDataset):
+        def __len__(self):
+            return len(ends)
+
+        def __getitem__(self, i):
+            return list(batches())[i]
+
+    # Plain Keras counts an update too many where it finds the data to end, and
+    # with `steps_per_execution` trains on too many batches.
+    plain = build_model(problem.truth)
+    ours = build_model(problem)
     results = []
-    for size in (3, None):
-        # Plain Keras counts an update too many where it finds the data to end,
-        # and with `steps_per_execution` trains on too many batches.
-        plain = {} if size else {"steps_per_epoch": len(ends)}
-        each = dataclasses.replace(problem, steps_per_execution=1)
-        model = build_model(each if plain else problem)
+    for model, source, callbacks in (
+        (ours, of_unknown_length(batches), [cut(3)]),
+        (plain, Known(), []),
+    ):
         model.optimizer.build(model.trainable_variables)
-        callbacks = [] if plain else [cut(size)]
         history = model.fit(
-            batches.repeat() if plain else batches,
-            epochs=2,
-            verbose=0,
-            callbacks=callbacks,
-            **plain,
+            source, epochs=2, verbose=0, shuffle=False, callbacks=callbacks
         ).history
         results.append(result_of(model, history))
     assert results[0].iterations == 2 * len(ends)
@@ -180,7 +191,6 @@ def test_every_leaf_is_cut():
         "p": rng.uniform(0, 2, EXAMPLES).astype("float32"),
         "q": np.ones(EXAMPLES, "float32"),
     }
-    batches = tf.data.Dataset.from_tensor_slices((inputs, targets, weights))
     results = []
     for callbacks in ([cut(4)], []):
         keras.utils.set_random_seed(0)
@@ -197,8 +207,17 @@ def test_every_leaf_is_cut():
         model = keras.Model(first, outputs)
         model.compile("adam", {"p": "mse", "q": "mae"})
         model.optimizer.build(model.trainable_variables)
+        if not callbacks:
+            eagerly(model)
         history = model.fit(
-            batches.batch(15), epochs=2, verbose=0, callbacks=callbacks
+            inputs,
+            targets,
+            15,
+            sample_weight=weights,
+            epochs=2,
+            verbose=0,
+            shuffle=False,
+            callbacks=callbacks,
         ).history
         results.append(result_of(model, history))
     assert_same(problem, *results)
@@ -243,7 +262,7 @@ def test_updates_are_batches():
     callback = GradientAccumulationCallback(
         micro_batch_size=2, skip_nonfinite=True, on_update=updates.append
     )
-    model, twin = build_model(Problem()), build_model(Problem())
+    model, twin = build_model(Problem()), build_model(Problem().truth)
     model.fit(x, Y[:25], 10, verbose=0, shuffle=False, callbacks=[callback])
     # The first batch without its bad examples; the second would be empty.
     for part in (slice(2, 10), slice(20, 25)):
@@ -293,66 +312,17 @@ def cut(size):
 # "auto": a layer that runs out of memory.
 
 
-class Hungry(keras.layers.Layer):
-    """Runs out of memory above `limit` examples, as a device does.
-
-    With `patience`, only after as many micro-batches since the last time, if
-    they are below twice the limit.
-    """
-
-    limit = None
-    fails_in = "forward"
-    patience = 0
-    seen = []
-    failed = []
-
-    @classmethod
-    def feed(cls, limit, fails_in="forward", patience=0):
-        cls.limit, cls.fails_in, cls.patience = limit, fails_in, patience
-        cls.seen, cls.failed, cls.larger = [], [], 0
-
-    @classmethod
-    def eat(cls, tensor):
-        size = len(tensor)
-        cls.seen.append(size)
-        if cls.limit is not None and size > cls.limit:
-            cls.larger += 1
-            if cls.larger > cls.patience or size >= 2 * cls.limit:
-                cls.larger = 0
-                cls.failed.append(size)
-                raise out_of_memory_in_a_step()
-        return tensor
-
-    def compute_output_spec(self, inputs):
-        return keras.KerasTensor(inputs.shape, inputs.dtype)
-
-    def call(self, inputs):
-        pair = [lambda tensor: tensor, self.eat]
-        if self.fails_in == "forward":
-            pair.reverse()
-        return through(inputs, *pair)
-
-
 @pytest.fixture(autouse=True)
 def fed():
-    """Lets the next test begin with enough memory."""
+    """Lets the next test begin with enough memory.
+
+    Each attempt that fails looks for garbage: among what is new.
+    """
     Hungry.feed(None)
+    gc.freeze()
     yield
+    gc.unfreeze()
     Hungry.feed(None)
-
-
-@keras.saving.register_keras_serializable("kaccum_tests")
-class Counted(keras.layers.Layer):
-    """Counts its calls and the examples it saw, as state of its own."""
-
-    def build(self, shape):
-        self.calls = self.add_weight(
-            shape=(), initializer="ones", trainable=False, name="calls"
-        )
-
-    def call(self, inputs):
-        self.calls.assign(self.calls * 2.0 + keras.ops.sum(inputs))
-        return inputs
 
 
 def hungry_model(execution="graph", layers=(), built=True):
@@ -369,15 +339,6 @@ def hungry_model(execution="graph", layers=(), built=True):
         **compile_options(execution),
     )
     return model
-
-
-def stateful():
-    """Everything that a repeated attempt would see a second time."""
-    return [
-        keras.layers.Dropout(0.4, seed=3),
-        keras.layers.BatchNormalization(),
-        Counted(),
-    ]
 
 
 def fit(model, callback, batch_size=10, epochs=2, **options):
@@ -399,22 +360,20 @@ def same(mine, other, problem=None):
     assert_same(problem or Problem(), mine, other)
 
 
-# Whether the model is built, and which batch of `fit` does not fit.
-STARTS = [
-    pytest.param(True, 0, id="built-first"),
-    pytest.param(False, 2, id="unbuilt-third"),
+# How it is compiled, which pass fails, on which batch of `fit`, and whether the
+# model is built: each of them twice, all of them at night.
+ATTEMPTS = [
+    (WAYS[0], "forward", True, 0),
+    (WAYS[0], "backward", False, 2),
+    (WAYS[-1], "backward", True, 2),
+    (WAYS[-1], "forward", False, 0),
+    *at_night(
+        itertools.product(WAYS, ["forward", "backward"], [True, False], [0, 2])
+    ),
 ]
-if BACKEND == "tensorflow":
-    # Elsewhere these take long.
-    STARTS += [
-        pytest.param(True, 2, id="built-third"),
-        pytest.param(False, 0, id="unbuilt-first"),
-    ]
 
 
-@pytest.mark.parametrize("execution", WAYS)
-@pytest.mark.parametrize("fails_in", ["forward", "backward"])
-@pytest.mark.parametrize("built, patience", STARTS)
+@pytest.mark.parametrize("execution, fails_in, built, patience", ATTEMPTS)
 def test_auto_is_as_the_size_it_found(execution, fails_in, patience, built):
     """Nothing that a failed attempt touched is seen in the result."""
     Hungry.feed(4, fails_in, patience)
@@ -425,7 +384,13 @@ def test_auto_is_as_the_size_it_found(execution, fails_in, patience, built):
     assert Hungry.seen[: len(third)] == third
     assert callback.micro_batch_size == 3
     Hungry.feed(None)
-    same(auto, fit(hungry_model(execution, stateful(), built), cut(3), 20))
+    same(auto, cut_by_three(execution, built))
+
+
+@functools.cache
+def cut_by_three(execution, built):
+    """What those fits must end with."""
+    return fit(hungry_model(execution, stateful(), built), cut(3), 20)
 
 
 def test_a_failed_attempt_leaves_nothing_out():
@@ -499,13 +464,9 @@ class TestEveryLimit:
     def model(cls):
         model = hungry_model()
         model.optimizer.build(model.trainable_variables)
-        return model, [v.numpy() for v in cls.variables(model)]
+        return model, values_of(model)
 
-    @staticmethod
-    def variables(model):
-        return [*model.variables, *model.optimizer.variables]
-
-    @hypothesis.settings(max_examples=fewer(15))
+    @drawn(15 if BACKEND == "tensorflow" else 5)
     @hypothesis.given(
         limit=st.integers(1, EXAMPLES),
         batch_size=st.integers(1, EXAMPLES),
@@ -519,10 +480,7 @@ class TestEveryLimit:
         model, start = model
 
         def run(*callbacks):
-            for variable, value in zip(
-                self.variables(model), start, strict=True
-            ):
-                variable.assign(value)
+            set_values(model, start)
             history = model.fit(
                 X, Y, batch_size, verbose=0, shuffle=False, callbacks=callbacks
             ).history
@@ -586,15 +544,9 @@ def test_a_single_example_that_does_not_fit(execution):
 def test_only_memory_is_tried_again():
     """Another error is the user's, also while one of memory is handled."""
 
-    class Wrong(keras.layers.Layer):
-        def compute_output_spec(self, inputs):
-            return keras.KerasTensor(inputs.shape, inputs.dtype)
-
-        def call(self, inputs):
-            def fail(array):
-                raise ZeroDivisionError("mine")
-
-            return through(inputs, fail, lambda gradient: gradient)
+    class Wrong(Watched):
+        def see(self, array):
+            raise ZeroDivisionError("mine")
 
     model = hungry_model("eager", [Wrong()])
     with pytest.raises(error_in_a_step(ZeroDivisionError), match="mine"):
@@ -607,21 +559,20 @@ def test_only_memory_is_tried_again():
 
 def test_data_that_does_not_fit_is_not_tried_again():
     """Smaller micro-batches would not help."""
+    begun = []
 
     def batches():
-        raise MemoryError("no more memory")
+        begun.append(True)
+        if len(begun) > 1:
+            # (Keras looks at the first batch before it trains.)
+            raise MemoryError("no more memory")
         yield X, Y
 
-    signature = (
-        tf.TensorSpec((None, FEATURES)),
-        tf.TensorSpec((None,), tf.int64),
-    )
-    batches = tf.data.Dataset.from_generator(
-        batches, output_signature=signature
-    )
     callback = cut("auto")
-    with pytest.raises(tf.errors.OpError, match="no more memory"):
-        hungry_model().fit(batches, verbose=0, callbacks=[callback])
+    error = error_in_the_data(MemoryError)
+    source = of_unknown_length(batches)
+    with pytest.raises(error, match="no more memory"):
+        hungry_model().fit(source, verbose=0, callbacks=[callback])
     assert Hungry.seen == [] and callback.micro_batch_size == "auto"
 
 

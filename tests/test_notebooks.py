@@ -1,38 +1,30 @@
 """The notebooks run, their checks hold, and what they show is stored."""
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
+from tests import notebooks
 from tests.backends import only_on
 from tests.pages import ROOT
+from tests.profiles import nightly
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+pytest.importorskip("nbformat", reason="notebooks are read by nbformat")
 each_notebook = pytest.mark.parametrize(
-    "path", NOTEBOOKS, ids=lambda path: path.stem
+    "path", notebooks.NOTEBOOKS, ids=lambda path: path.stem
 )
 
 
-@pytest.mark.notebooks
+@nightly
 @only_on("tensorflow", reason="they show TensorFlow's loops and Keras's own")
 @each_notebook
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    """In a folder of its own; a check in it that fails is an error."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
+def test_a_notebook_runs(path):
+    """A check in it that fails is an error."""
+    notebooks.run(notebooks.read(path))
 
 
 @each_notebook
 def test_a_notebook_is_stored_with_what_it_shows(path):
     """Run once from top to bottom, with pictures, and without an error."""
-    notebook = nbformat.read(path, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = notebooks.programs(notebooks.read(path))
     counts = [cell.execution_count for cell in cells]
     assert counts == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
@@ -47,9 +39,24 @@ def test_a_notebook_is_stored_with_what_it_shows(path):
     assert checks >= 3
 
 
+def test_a_notebook_that_changed_is_not_as_stored(monkeypatch, tmp_path):
+    """Its own programs, or those of the package."""
+    notebook = notebooks.read(notebooks.NOTEBOOKS[0])
+    notebook.metadata["kaccum_digest"] = notebooks.digest(notebook)
+    assert notebooks.is_as_stored(notebook)
+    cell = notebooks.programs(notebook)[-1]
+    before, cell.source = cell.source, cell.source + "\n"
+    assert not notebooks.is_as_stored(notebook)
+    cell.source = before
+    (tmp_path / "kaccum").mkdir()
+    (tmp_path / "kaccum" / "other.py").write_text("")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    assert not notebooks.is_as_stored(notebook)
+
+
 def test_there_are_notebooks():
     """And the README names each."""
-    names = [path.stem for path in NOTEBOOKS]
+    names = [path.stem for path in notebooks.NOTEBOOKS]
     assert len(names) == 4
     readme = (ROOT / "README.rst").read_text()
     assert [name for name in names if f"``{name}``" not in readme] == []

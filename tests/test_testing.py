@@ -9,7 +9,8 @@ import pytest
 
 from kaccum import testing
 from kaccum.testing import Run, assert_same, assert_same_fit, runs
-from tests.backends import fewer
+from tests.backends import BACKEND
+from tests.profiles import drawn
 
 X, Y = np.random.default_rng(0).normal(size=(2, 40, 3)).astype("float32")
 
@@ -17,18 +18,18 @@ X, Y = np.random.default_rng(0).normal(size=(2, 40, 3)).astype("float32")
 def build(seed=0):
     keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
     return model
 
 
-@hypothesis.settings(max_examples=fewer(8))
+@drawn(8 if BACKEND != "jax" else 2)
 @hypothesis.given(runs())
 def test_a_model_of_ones_own(run):
     """Law 1, as a user would test it."""
     assert_same_fit(run, build, X, Y, sample_weight=np.abs(Y[:, 0]))
 
 
-@hypothesis.settings(max_examples=200)
+@drawn(200)
 @hypothesis.given(runs(max_examples=5, max_micro_batch=4, max_steps=3))
 def test_runs_are_within_their_limits(run):
     """What is drawn, and what follows from it."""
@@ -49,7 +50,7 @@ def test_a_model_for_which_the_law_does_not_hold(cut):
         normal = keras.layers.BatchNormalization()
         layers = [keras.Input((3,)), normal, keras.layers.Dense(3)]
         model = keras.Sequential(layers)
-        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
         return model
 
     run = Run(examples=8, micro_batch=2, steps=4, cut=cut)
