@@ -1,6 +1,6 @@
 """What the tests cost: models that are compiled, and runs that are compared.
 
-Tracing a model takes as long as training it for hundreds of steps, so their
+Tracing a model takes several times as long as training it in a test, so their
 number is what makes the tests slow, and it grows unnoticed.
 """
 

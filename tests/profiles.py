@@ -1,7 +1,7 @@
 """How much is tested: every law in minutes, or at night all the breadth.
 
     python -m pytest                                 # every law
-    python -m pytest --hypothesis-profile nightly    # everything, hours
+    python -m pytest --hypothesis-profile nightly    # everything
 
 A profile is one of Hypothesis's, by its own option. `nightly` draws ten times
 as many runs, and adds the tests that are marked `nightly`.
