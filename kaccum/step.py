@@ -269,14 +269,13 @@ class TrainingStep:
             return
         call = run.moments.get(id(layer), 0)
         run.moments[id(layer)] = call + 1
-        with self._engine.after(run.data):
-            self._statistics.update(
-                layer,
-                ops.stop_gradient(mean),
-                ops.stop_gradient(variance),
-                size,
-                call=call,
-            )
+        self._statistics.update(
+            layer,
+            ops.stop_gradient(mean),
+            ops.stop_gradient(variance),
+            size,
+            call=call,
+        )
         run.still |= {id(layer.moving_mean), id(layer.moving_variance)}
 
     def _on_loss(
@@ -316,10 +315,9 @@ class TrainingStep:
         if isinstance(weight, float) and _is_number(size, weight):
             # Keras's own mean over batches is that over all their examples.
             return means.update_state(metric, value, size)
-        with self._engine.after(run.data):
-            self._means.update(
-                metric, value, size, call=call, weight=weight, once=once
-            )
+        self._means.update(
+            metric, value, size, call=call, weight=weight, once=once
+        )
         return None
 
     def _refuse_update(self) -> None:

@@ -83,8 +83,8 @@ def keras_backend():
 def leave_data_untuned():
     """Has no thread tune the data of a fit.
 
-    At its end an iterator may wait for that thread, which sleeps for up to a
-    minute (TensorFlow 2.21): tests took as long now and then.
+    With it, a process was idle for up to two minutes now and then, its main
+    thread waiting (TensorFlow 2.21). Without it none was seen so.
     """
     import tensorflow as tf
 

@@ -16,12 +16,7 @@ from kaccum import testing
 from kaccum.backend import engine
 from kaccum.testing import differences, result_of
 from tests import counting
-from tests.backends import (
-    BACKEND,
-    compile_options,
-    of_unknown_length,
-    tf,
-)
+from tests.backends import BACKEND, compile_options, of_unknown_length, tf
 
 __all__ = ["differences", "result_of"]
 
@@ -62,11 +57,6 @@ class Problem(testing.Run):
     seed: int = 0
     # Of a strategy: 0 is none, 1 a `OneDeviceStrategy`.
     replicas: int = 0
-
-    @property
-    def alone(self):
-        """The same problem without a strategy."""
-        return dataclasses.replace(self, replicas=0)
 
     @property
     def architecture(self):
@@ -226,6 +216,8 @@ class Models:
 
 
 MODELS = Models()
+# Of the oracle, which must never have met kaccum.
+ORACLES = Models()
 
 
 def set_back(model, problem):
@@ -370,7 +362,7 @@ def fit_large(problem, model=None):
 
 @functools.cache
 def _truth_of(problem):
-    with MODELS.lent(problem) as model:
+    with ORACLES.lent(problem) as model:
         result = fit_large(problem, model)
     # The model will train something else.
     return dataclasses.replace(result, model=None)

@@ -222,7 +222,7 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = drawn(
-    12 if BACKEND == "tensorflow" else 3,
+    3 if BACKEND == "jax" else 12,
     stateful_step_count=8,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

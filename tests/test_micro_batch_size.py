@@ -466,7 +466,7 @@ class TestEveryLimit:
         model.optimizer.build(model.trainable_variables)
         return model, values_of(model)
 
-    @drawn(15 if BACKEND == "tensorflow" else 5)
+    @drawn(5 if BACKEND == "jax" else 15)
     @hypothesis.given(
         limit=st.integers(1, EXAMPLES),
         batch_size=st.integers(1, EXAMPLES),

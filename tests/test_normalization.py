@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ from tests.backends import (
     tf,
 )
 from tests.layers import Hungry
-from tests.profiles import drawn
+from tests.profiles import at_night, drawn
 from tests.recorders import Stop, is_equal
 from tests.reference import set_values, strategy_of, values_of
 
@@ -82,12 +83,7 @@ def assert_close(model, truth):
     mine, true = statistics_of(model), statistics_of(truth)
     assert len(mine) == len(true) > 0
     for m, t in zip(mine, true):
-        assert_close_arrays(m, t)
-
-
-def assert_close_arrays(mine, true):
-    """As `assert_close`."""
-    np.testing.assert_allclose(mine, true, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(m, t, rtol=2e-5, atol=2e-5)
 
 
 # How a layer may be compiled; those of another shape, momentum or options.
@@ -106,9 +102,21 @@ LAYERS = [
 ]
 
 
+WAYS = {
+    "tensorflow": ["jit_compile", "run_eagerly", "steps_per_execution"],
+    "jax": ["run_eagerly", "steps_per_execution"],
+    "torch": [],
+}[BACKEND]
+EVERY_LAYER = itertools.product(
+    [0.0, 0.5, 0.9, 0.99, 1.0],
+    [(FEATURES,), (2, 4, FEATURES)],
+    [{}, *({way: 3 if "steps" in way else True} for way in WAYS)],
+)
+
+
 @functools.cache
-def compiled_once(momentum, shape, options):
-    """A model that is lent again and again, and its first state."""
+def lent(role, momentum, shape, options=()):
+    """A model that is lent again and again in a role, and its first state."""
     layer = BatchNormalization(momentum=momentum)
     model = model_of([layer], shape, **dict(options))
     model.optimizer.build(model.trainable_variables)
@@ -116,7 +124,7 @@ def compiled_once(momentum, shape, options):
 
 
 @pytest.mark.parametrize(
-    "momentum, shape, options", LAYERS, ids=lambda value: str(value)
+    "momentum, shape, options", [*LAYERS, *at_night(EVERY_LAYER)], ids=str
 )
 @drawn({"tensorflow": 5, "jax": 3, "torch": 20}[BACKEND])
 @hypothesis.given(
@@ -131,24 +139,16 @@ def test_statistics_of_a_first_layer_are_the_large_batchs(
     """For every data set size, window and momentum."""
     x, y = data(examples, shape)
     large = micro_batch * steps
-    plain = {"run_eagerly": True}
-    lent = [
-        compiled_once(momentum, shape, tuple(each.items()))
-        for each in (options, plain)
-    ]
-    for each, first in lent:
+    model, first = lent("model", momentum, shape, tuple(options.items()))
+    truth, _ = lent("truth", momentum, shape, (("run_eagerly", True),))
+    for each in (model, truth):
         set_values(each, first)
-    (model, _), (truth, _) = lent
     if is_cut:
         ours = GradientAccumulationCallback(micro_batch_size=micro_batch)
         fit(model, x, y, large, ours)
     else:
         fit(model, x, y, micro_batch, GradientAccumulationCallback(steps))
-    mine = statistics_of(model)
-    set_values(truth, lent[1][1])
-    fit(truth, x, y, large)
-    for m, t in zip(mine, statistics_of(truth), strict=True):
-        assert_close_arrays(m, t)
+    assert_close(model, fit(truth, x, y, large))
 
 
 class Subclass(BatchNormalization):

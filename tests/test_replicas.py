@@ -129,20 +129,12 @@ def test_replicas_train_as_one_device(replicas, name, data):
 
 
 @nightly
-@drawn(2)
-@hypothesis.given(problems(execution="eager"), st.sampled_from(MIRRORED))
-def test_eager_replicas_train_as_one_device(problem, replicas):
-    """Law 1, for whole problems drawn at random."""
-    if problem.validation:
-        problem = dataclasses.replace(problem, kind="mean")
-    check(on_replicas(problem, replicas))
-
-
-@nightly
+@pytest.mark.parametrize("execution", ["graph", "eager"])
 @drawn(10)
-@hypothesis.given(problems(execution="graph"), st.sampled_from(EVERY))
-def test_compiled_replicas_train_as_one_device(problem, replicas):
-    """Law 1, for whole problems drawn at random, each compiled anew."""
+@hypothesis.given(problem=problems(), replicas=st.sampled_from(EVERY))
+def test_whole_problems_train_on_replicas(execution, problem, replicas):
+    """Law 1, for problems whose architecture is drawn, too."""
+    problem = dataclasses.replace(problem, execution=execution)
     if problem.validation:
         problem = dataclasses.replace(problem, kind="mean")
     check(on_replicas(problem, replicas))
@@ -173,72 +165,64 @@ def test_any_number_of_examples(examples, execution, replicas, cut):
 
 FEATURES = [
     {"kind": "mask", "regularizer": "l2", "seed": 1},
-    {"kind": "sample_weight"},
-    {"kind": "class_weight"},
-    {"kind": "mask", "token_weights": True},
     {"kind": "mask_mean_with_sample_weight", "token_weights": True},
-    {"kind": "mean_with_sample_weight"},
     {"kind": "sum", "regularizer": "l2"},
-    {"kind": "sum", "execution": "eager"},
     {"kind": "mask", "execution": "eager", "seed": 1},
     {"kind": "sum_of_tokens"},
-    {"regularizer": "l1"},
-    {"constraint": "max_norm"},
-    {"add_loss": True},
-    {"frozen": True},
     {"unused": True},
-    {"unused": True, "execution": "eager"},
     {"built": False},
-    {"schedule": True},
     {"loss_scale": 1024.0},
-    {"loss_scale": 1024.0, "options": (("use_ema", True),)},
     {
         "loss_scale": 1024.0,
         "options": (("use_ema", True), ("ema_overwrite_frequency", 2)),
     },
-    {"steps_per_execution": 2},
     {"steps_per_execution": 5, "unknown_length": True},
     # Replicas whose batches are all of one size know it beforehand.
     {"steps_per_execution": 5, "examples": 36},
-    {"unknown_length": True},
     {"validation": True, "examples": 30},
     {"policy": "float64"},
-    {"policy": "bfloat16", "optimizer": "SGD"},
     {"policy": "mixed_float16", "optimizer": "SGD", "loss_scale": 256.0},
 ]
-# What has little to do with replicas, or is in another of these.
-NIGHT_ONLY = [
+# What has little to do with replicas, or is in another of those.
+OTHER_FEATURES = [
     {"kind": "sample_weight"},
+    {"kind": "class_weight"},
+    {"kind": "mask", "token_weights": True},
     {"kind": "mean_with_sample_weight"},
     {"kind": "sum", "execution": "eager"},
-    {"unused": True, "execution": "eager"},
-    {"loss_scale": 1024.0, "options": (("use_ema", True),)},
-    {"unknown_length": True},
-    {"steps_per_execution": 2},
-    {"kind": "class_weight"},
     {"regularizer": "l1"},
     {"constraint": "max_norm"},
     {"add_loss": True},
     {"frozen": True},
+    {"unused": True, "execution": "eager"},
     {"schedule": True},
+    {"loss_scale": 1024.0, "options": (("use_ema", True),)},
+    {"steps_per_execution": 2},
+    {"unknown_length": True},
     {"policy": "bfloat16", "optimizer": "SGD"},
-    {"kind": "mask", "token_weights": True},
-]
-# Two or three replicas in turn, both at night.
-OF_FEATURES = [
-    pytest.param(
-        fields,
-        replicas,
-        replicas == 3,
-        id="-".join([f"{k}={v}" for k, v in fields.items()] + [str(replicas)]),
-        marks=[nightly] if (i + replicas) % 2 or fields in NIGHT_ONLY else [],
-    )
-    for i, fields in enumerate(FEATURES)
-    for replicas in MIRRORED
 ]
 
 
-@pytest.mark.parametrize("fields, replicas, cut", OF_FEATURES)
+def name_of(value):
+    """That of a feature's test."""
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" for k, v in value.items())
+    return {False: "steps", True: "cut"}.get(value, str(value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "replicas", "cut"),
+    [
+        # Two or three replicas in turn, both at night.
+        *((f, *[(2, False), (3, True)][i % 2]) for i, f in enumerate(FEATURES)),
+        *at_night(
+            (fields, *each)
+            for fields in FEATURES + OTHER_FEATURES
+            for each in [(2, False), (3, True)]
+        ),
+    ],
+    ids=name_of,
+)
 def test_feature_trains_as_on_one_device(fields, replicas, cut):
     """Laws 1 to 3, feature by feature."""
     problem = problem_of(replicas, cut=cut, **fields)

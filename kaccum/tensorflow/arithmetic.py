@@ -222,6 +222,8 @@ def making_variables_outside() -> Iterator[None]:
 
 def after(data: Any) -> AbstractContextManager[None]:
     """A context whose operations wait for every tensor in `data`."""
+    if is_eager():
+        return contextlib.nullcontext()
     flat = tf.nest.flatten(data, expand_composites=True)
     return tf.control_dependencies([t for t in flat if tf.is_tensor(t)])
 
