@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from benchmarks.ways import BARE, CUT, KERAS, LARGE, PLAIN, STEPS
-from kaccum.backend import engine
+from kaccum.backends import backend
 
 STYLES: dict[str, dict[str, Any]] = {
     PLAIN: {"color": "C7", "marker": "o"},
@@ -24,11 +24,11 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def machine() -> str:
     """The device, its cores and the versions, in one line."""
-    backend = keras.backend.backend()
-    version = import_module(backend).__version__
+    name = keras.backend.backend()
+    version = import_module(name).__version__
     return (
-        f"{engine().device_name()}, {os.cpu_count()} cores, "
-        f"{platform.machine()}; Python {platform.python_version()}, {backend} "
+        f"{backend().device_name()}, {os.cpu_count()} cores, "
+        f"{platform.machine()}; Python {platform.python_version()}, {name} "
         f"{version}, Keras {keras.__version__}"
     )
 

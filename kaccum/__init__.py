@@ -1,8 +1,20 @@
-"""Gradient accumulation for Keras that is exactly the large batch."""
+"""Gradient accumulation for Keras that is exactly the large batch.
 
+The rooms, each of which knows those below it only:
+
+- `callback`, `accumulate`, `accumulator`: what users call.
+- `fit`: takes a model's training step over, and knows when a window closes.
+- `step`: what a step becomes. `step.hooks` lists what is replaced in Keras;
+  `step.recording` hears what a micro-batch did, and adds it to the sums.
+- `sums`: what the open window holds, and what an update makes of it.
+- `backends`: how TensorFlow, JAX and PyTorch do all that.
+
+`docs/life-of-a-micro-batch.rst` follows a micro-batch through them.
+"""
+
+from kaccum.accumulate import accumulate
 from kaccum.accumulator import GradientAccumulator
 from kaccum.callback import GradientAccumulationCallback
-from kaccum.loops import accumulate
 
 __all__ = ["GradientAccumulationCallback", "GradientAccumulator", "accumulate"]
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from kaccum.backend import engine
+from kaccum.backends import backend
 from kaccum.callback import GradientAccumulationCallback
 
 # Rounding differs between batch sizes and grows with each update: to 5e-7 on a
@@ -254,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     if options.replicas > 1:
-        options.devices = engine().devices(options.replicas)
-    engine().use_full_precision()
+        options.devices = backend().devices(options.replicas)
+    backend().use_full_precision()
     print(
-        f"device: {engine().device_name()}; Keras {keras.__version__} on "
+        f"device: {backend().device_name()}; Keras {keras.__version__} on "
         f"{keras.backend.backend()}; "
         f"{len(load_digits(options.replicas)[0])} examples; "
         f"{options.optimizer}, updates of "

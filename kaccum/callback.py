@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import keras
 
-from kaccum.backend import engine
+from kaccum.backends import backend
+from kaccum.callers import callbacks_of_fit
 from kaccum.checks import check_model, is_scaling_losses, received
-from kaccum.keras_private import callbacks_of_fit
-from kaccum.session import Session, is_plain_fit
-from kaccum.sizes import MicroBatchSize
-from kaccum.window import Schedule, Steps, Window
+from kaccum.fit.micro_batches import MicroBatchSize
+from kaccum.fit.session import Session, is_plain_fit
+from kaccum.fit.window import Schedule, Steps, Window
 
 
 class GradientAccumulationCallback(keras.callbacks.Callback):
@@ -99,7 +99,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
-        engine()
+        backend()
         if (steps is None) == (micro_batch_size is None):
             raise ValueError(
                 "Exactly one of `steps` and `micro_batch_size` must be given. "

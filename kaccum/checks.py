@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kaccum.backend import engine
+from kaccum.backends import backend
 
 
 def received(name: str, value: Any) -> str:
@@ -49,7 +49,7 @@ def check_model(model: keras.Model) -> None:
             "The model must be compiled to accumulate gradients. Received: a "
             f"{type(model).__name__} that is not. Call `compile` first."
         )
-    engine().check_devices(model)
+    backend().check_devices(model)
     if model.optimizer is None:
         raise ValueError(
             "The model must have an optimizer to accumulate gradients for. "

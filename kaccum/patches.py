@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _ABSENT = object()
 
 
-class Patch:
-    """Shadows the attribute `name` of `owner` by `value`.
+class Patch(contextlib.AbstractContextManager["Patch"]):
+    """Replaces the attribute `name` of `owner` while anyone needs it.
+
+    One serves every thread: models trained at the same time, and the replicas
+    of one, may enter and leave in any order.
 
     Writes to an instance's dictionary: Keras and TensorFlow track whatever is
     assigned to the attributes of their objects, and would save it.
 
     Args:
-        owner: The object, module or class whose attribute is shadowed.
+        owner: The object, module or class whose attribute is replaced.
         name: The attribute's name.
-        value: What stands there while the patch is installed.
+        stand_in: Function of what stood there that returns what stands there
+            instead.
     """
 
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
+    def __init__(
+        self, owner: Any, name: str, stand_in: Callable[[Any], Any]
+    ) -> None:
         self._owner = owner
         self._name = name
-        self._value = value
+        self._make = stand_in
+        self._value: Any = _ABSENT
         self._previous: Any = _ABSENT
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def __enter__(self) -> Patch:
+        with self._lock:
+            if self._users == 0:
+                self.install()
+            self._users += 1
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self.remove()
 
     @property
     def is_installed(self) -> bool:
         """Whether the attribute is this patch's value now."""
-        return vars(self._owner).get(self._name) is self._value
+        current = vars(self._owner).get(self._name, _ABSENT)
+        return current is self._value is not _ABSENT
 
     def install(self) -> None:
-        """Puts the value in place."""
+        """Puts the stand-in in place, for good."""
         self._previous = vars(self._owner).get(self._name, _ABSENT)
+        self._value = self._make(getattr(self._owner, self._name))
         self._set(self._value)
 
     def remove(self) -> None:
@@ -57,37 +81,8 @@ class Patch:
 
 @contextlib.contextmanager
 def patched(patches: list[Patch]) -> Iterator[None]:
-    """Installs `patches` for the duration of a `with` block."""
-    try:
+    """Has `patches` in place for the duration of a `with` block."""
+    with contextlib.ExitStack() as stack:
         for patch in patches:
-            patch.install()
+            stack.enter_context(patch)
         yield
-    finally:
-        for patch in reversed(patches):
-            patch.remove()
-
-
-class SharedPatch(Patch, contextlib.AbstractContextManager["SharedPatch"]):
-    """A patch that is in place while anyone needs it.
-
-    One serves every thread: models trained at the same time, and the replicas
-    of one, may enter and leave in any order.
-    """
-
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        super().__init__(owner, name, value)
-        self._lock = threading.Lock()
-        self._users = 0
-
-    def __enter__(self) -> SharedPatch:
-        with self._lock:
-            if self._users == 0:
-                self.install()
-            self._users += 1
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self.remove()

@@ -16,10 +16,11 @@ import keras
 import numpy as np
 from hypothesis import strategies as st
 
-from kaccum.backend import engine
-from kaccum.batches import examples_in, part_of
+from kaccum.backends import backend
+from kaccum.backends.arrays import examples_in, part_of
 from kaccum.callback import GradientAccumulationCallback
-from kaccum.patches import Patch, patched
+from kaccum.patches import patched
+from kaccum.step.hooks import replacing
 
 __all__ = [
     "Result",
@@ -362,13 +363,15 @@ def _fit(
 def _dense_gradients(
     optimizer: keras.optimizers.Optimizer,
 ) -> AbstractContextManager[None]:
-    apply = optimizer.apply
+    def stand_in(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def dense_apply(grads: Any, trainable_variables: Any = None) -> Any:
+            dense = [g if g is None else backend().dense(g) for g in grads]
+            return apply(dense, trainable_variables)
 
-    def dense_apply(grads: Any, trainable_variables: Any = None) -> Any:
-        dense = [g if g is None else engine().dense(g) for g in grads]
-        return apply(dense, trainable_variables)
+        return dense_apply
 
-    return patched([Patch(optimizer, "apply", dense_apply)])
+    owner = "the oracle's optimizer"
+    return patched([replacing(owner, "apply", optimizer, stand_in)])
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

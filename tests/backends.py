@@ -164,7 +164,7 @@ def holds_memory(total):
     if BACKEND == "tensorflow":
         return keras.ops.size(total.read_value()) > 0
     if BACKEND == "jax":
-        return total.now is not None
+        return total.value is not None
     return total.untyped_storage().nbytes() > 0
 
 

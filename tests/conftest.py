@@ -1,10 +1,10 @@
 """What is tested, on which device, by how many processes, at which cost."""
 
 import contextlib
-import gc
 import os
 import pathlib
 import tempfile
+import types
 import weakref
 
 import pytest
@@ -139,9 +139,9 @@ def place(config):
     """Where is computed, in words."""
     import keras
 
-    from kaccum.backend import engine
+    from kaccum.backends import backend
 
-    device = config.getoption("--device") or engine().device_name()
+    device = config.getoption("--device") or backend().device_name()
     return f"{device}, Keras {keras.__version__} on {keras_backend()}"
 
 
@@ -150,9 +150,9 @@ def device(request):
     """Computes everything on the chosen device, in full precision."""
     import keras
 
-    from kaccum.backend import engine
+    from kaccum.backends import backend
 
-    engine().use_full_precision()
+    backend().use_full_precision()
     chosen = request.config.getoption("--device")
     if chosen is None and keras_backend() == "tensorflow":
         import tensorflow as tf
@@ -165,20 +165,24 @@ def device(request):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def shared_patches(device):
-    """Those of classes and modules, made by the module that needs each."""
-    from kaccum.patches import SharedPatch
+def shared_attributes(device):
+    """Of what the table of hooks lists, those of classes and modules."""
+    from kaccum.step.hooks import HOOKS
 
-    return [p for p in gc.get_objects() if type(p) is SharedPatch]
+    model = types.SimpleNamespace(optimizer=None, _compile_loss=None)
+    return {
+        (owner, hook.attribute): getattr(owner, hook.attribute)
+        for hook in HOOKS
+        for owner in hook.owners(model)
+        if isinstance(owner, (type, types.ModuleType))
+    }
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_patched(monkeypatch, shared_patches):
-    """Fails a test that leaves a model, optimizer or loss patched."""
-    import keras
-
-    from kaccum.keras_private import compiled_loss
-    from kaccum.session import Session
+def nothing_stays_patched(monkeypatch, shared_attributes):
+    """Fails a test that leaves what the table of hooks lists replaced."""
+    from kaccum.fit.session import Session
+    from kaccum.step.hooks import HOOKS
 
     sessions = weakref.WeakSet()
     take_over = Session.take_over
@@ -191,9 +195,10 @@ def nothing_stays_patched(monkeypatch, shared_patches):
     yield
     for session in sessions:
         assert not session.is_installed, "a model stayed patched"
-        left = vars(session._optimizer).keys() & set(dir(keras.optimizers.SGD))
-        assert not left, f"an optimizer stayed patched: {left}"
-        loss = compiled_loss(session._model)
-        assert loss is None or "call" not in vars(loss), "a loss stayed patched"
-    for patch in shared_patches:
-        assert not patch.is_installed, f"{vars(patch)} stayed"
+        step = session._step
+        owners = [step.optimizer, step.model._compile_loss]
+        for owner in filter(None, owners):
+            left = vars(owner).keys() & {hook.attribute for hook in HOOKS}
+            assert not left, f"{owner} stayed patched: {left}"
+    for (owner, name), value in shared_attributes.items():
+        assert getattr(owner, name) is value, f"{owner}.{name} stayed patched"

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from kaccum import testing
-from kaccum.backend import engine
+from kaccum.backends import backend
 from kaccum.testing import differences, result_of
 from tests import counting
 from tests.backends import BACKEND, compile_options, of_unknown_length, tf
@@ -138,7 +138,7 @@ def build_optimizer(problem):
 def split_the_processor():
     """Makes devices for the replicas, where there are no GPUs."""
     if BACKEND == "jax":
-        engine().devices(4)
+        backend().devices(4)
     if BACKEND != "tensorflow":
         return
     tf.config.set_logical_device_configuration(

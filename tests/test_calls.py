@@ -21,7 +21,7 @@ def nesting(argument):
 def compiled_call(function):
     """The function, called without looking at each signature."""
     # Elsewhere there is no TensorFlow to import.
-    from kaccum.tensorflow.calls import CompiledCall
+    from kaccum.backends.tensorflow.calls import CompiledCall
 
     return CompiledCall(function)
 

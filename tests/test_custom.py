@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kaccum import GradientAccumulationCallback, weights
-from tests.backends import BACKEND, eagerly, graph, needs_graphs, own_step, tf
+from kaccum import GradientAccumulationCallback
+from kaccum.step import weights
+from tests.backends import (
+    BACKEND,
+    eagerly,
+    graph,
+    needs_graphs,
+    only_on,
+    own_step,
+    tf,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
@@ -95,6 +104,29 @@ class Decorated(keras.Model):
         return super().train_step(data)
 
 
+class TwoLosses(keras.Model):
+    """Goes on adding to gradients in place that it has applied (PyTorch)."""
+
+    def train_step(self, data):
+        x, y = data
+        self.zero_grad()
+        y_pred = self(x, training=True)
+        loss = self.compute_loss(x, y, y_pred)
+        weights = self.trainable_weights
+        loss.backward(retain_graph=True)
+        self.apply(weights[:2])
+        # Goes into the gradients of all weights.
+        ops.mean(ops.abs(y - y_pred)).backward()
+        self.apply(weights[2:])
+        return self.compute_metrics(x, y, y_pred)
+
+    def apply(self, weights):
+        gradients = [weight.value.grad for weight in weights]
+        self.optimizer.apply(
+            [gradient.detach() for gradient in gradients], weights
+        )
+
+
 class Subset(TwoCalls):
     """Trains the second layer only."""
 
@@ -154,6 +186,9 @@ class Normalizing(keras.optimizers.SGD):
         *(
             pytest.param(each, marks=needs_graphs)
             for each in (TwoCalls, Decorated, Subset, OwnCompiledLoss)
+        ),
+        pytest.param(
+            TwoLosses, marks=only_on("torch", reason="gradients do not change")
         ),
     ],
     ids=lambda c: c.__name__,

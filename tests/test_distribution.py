@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kaccum.session import Session
+from kaccum.fit.session import Session
 from tests.backends import only_on
 from tests.pages import examples_of
 from tests.profiles import drawn
@@ -82,9 +82,9 @@ class Watches(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         session = Session.installed_on(self.model)
-        (accumulator,) = session._step.accumulators
+        (accumulator,) = session._step.sums.gradients
         for variable in self.model.trainable_variables:
-            arrays = variable.value, accumulator._sums[id(variable)].now
+            arrays = variable.value, accumulator._sums[id(variable)].value
             parts = [a.sharding.shard_shape(a.shape) for a in arrays]
             self.seen.append((tuple(variable.shape), *parts))
 
@@ -114,8 +114,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras, numpy as np
 index, folder = int(sys.argv[1]), sys.argv[2]
 {start}
-from kaccum.backend import engine
-engine().use_full_precision()
+from kaccum.backends import backend
+backend().use_full_precision()
 from tests import test_distribution as tests
 tests.train(tests.PROBLEM, index, folder)
 """

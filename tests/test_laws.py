@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from kaccum import GradientAccumulationCallback
-from kaccum.session import Session
-from kaccum.window import Window
+from kaccum.fit.session import Session
+from kaccum.fit.window import Window
 from tests import reference
 from tests.backends import (
     BACKEND,
@@ -421,8 +421,8 @@ def test_the_sums_are_freed_after_fit():
     """The sums take memory only while a fit runs."""
     result = fit_micro(Problem(), build_model(Problem()))
     session = Session.of(result.model)
-    assert [len(a._sums) for a in session._step.accumulators] == [6]
-    for accumulator in session._step.accumulators:
+    assert [len(a._sums) for a in session._step.sums.gradients] == [6]
+    for accumulator in session._step.sums.gradients:
         for total in accumulator._sums.values():
             assert not holds_memory(total)
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kaccum import GradientAccumulationCallback, attempts
-from kaccum.session import Session
-from kaccum.sizes import MicroBatchSize
+from kaccum import GradientAccumulationCallback
+from kaccum.backends import backend
+from kaccum.fit import micro_batches
+from kaccum.fit.micro_batches import MicroBatchSize
+from kaccum.fit.session import Session
 from tests.backends import (
     BACKEND,
     EXECUTIONS,
@@ -432,7 +434,7 @@ def test_auto_in_the_second_epoch_only():
 
 def test_auto_under_xla(monkeypatch):
     """Where the third micro-batch fails, two others are taken back."""
-    real = attempts.engine().cut
+    real = backend().cut
 
     def short_of_memory(batch, sizes, model):
         for i, micro_batch in enumerate(real(batch, sizes, model)):
@@ -448,11 +450,11 @@ def test_auto_under_xla(monkeypatch):
         model.compile("adam", loss, **compile_options("xla"))
         return model
 
-    monkeypatch.setattr(attempts.engine(), "cut", short_of_memory)
+    monkeypatch.setattr(backend(), "cut", short_of_memory)
     callback = cut("auto")
     auto = fit(model(), callback, 12)
     assert callback.micro_batch_size == 2
-    monkeypatch.setattr(attempts.engine(), "cut", real)
+    monkeypatch.setattr(backend(), "cut", real)
     same(auto, fit(model(), cut(2), 12))
 
 
@@ -530,8 +532,7 @@ def test_a_single_example_that_does_not_fit(execution):
     ):
         fit(model, cut("auto"))
     assert Hungry.seen == [10, 5, 3, 2, 1]
-    remembered = Session.of(model)._engine._before
-    assert getattr(remembered, "_before", remembered) is None
+    assert Session.of(model)._runner._before is None
     for variable, value in zip(model.variables, before):
         np.testing.assert_array_equal(variable.numpy(), value)
     Hungry.feed(None)
@@ -595,10 +596,10 @@ def test_memory_that_ran_out_is_recognised(origin, how):
     if how != "bare":
         error = RuntimeError("wrapped")
         setattr(error, f"__{how}__", origin)
-    assert attempts._out_of_memory(error, None) is origin
-    assert attempts._out_of_memory(error, origin) is None
-    assert attempts._out_of_memory(RuntimeError("wrapped"), None) is None
-    again = attempts.engine().out_of_memory(origin, "And this.")
+    assert micro_batches._out_of_memory(error, None) is origin
+    assert micro_batches._out_of_memory(error, origin) is None
+    assert micro_batches._out_of_memory(RuntimeError("wrapped"), None) is None
+    again = backend().out_of_memory(origin, "And this.")
     assert isinstance(again, type(out_of_memory()))
     assert re.search(r"\nAnd this\.$", getattr(again, "message", str(again)))
 

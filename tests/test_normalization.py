@@ -13,8 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 from kaccum import GradientAccumulationCallback, accumulate
-from kaccum.patches import SharedPatch
-from kaccum.statistics import Pool, telling
+from kaccum.patches import Patch
+from kaccum.sums.moments import LayerMoments, Moments
 from tests.backends import (
     BACKEND,
     eagerly,
@@ -448,15 +448,15 @@ def test_nothing_listens_while_a_compiled_step_runs(monkeypatch):
     """A step that is compiled already pays nothing."""
     x, y = data(20)
     entered = []
-    enter = SharedPatch.__enter__
+    enter = Patch.__enter__
     monkeypatch.setattr(
-        SharedPatch,
+        Patch,
         "__enter__",
-        lambda self: entered.append(self) or enter(self),
+        lambda self: entered.append(self._name) or enter(self),
     )
     model = model_of([BatchNormalization()])
     fit(model, x, y, 4, GradientAccumulationCallback(2), epochs=1)
-    assert telling in entered
+    assert "_moments" in entered
     entered.clear()
     fit(model, x, y, 4, GradientAccumulationCallback(2), epochs=3)
     assert entered == []
@@ -563,7 +563,7 @@ def no_variance_of_means(first, second):
 @pytest.mark.parametrize("wrong", [mean_of_means, no_variance_of_means])
 def test_wrong_pools_are_caught(wrong, monkeypatch):
     """The law's test can fail."""
-    monkeypatch.setattr("kaccum.statistics._pooled", wrong)
+    monkeypatch.setattr("kaccum.sums.moments._pooled", wrong)
     x, y = data(14)
     model = model_of([BatchNormalization(momentum=0.5)])
     fit(model, x, y, 4, GradientAccumulationCallback(4), epochs=1)
@@ -582,10 +582,11 @@ def test_a_pool_has_the_moments_of_all_elements(sizes, seed):
     layer = BatchNormalization(momentum=0.0)
     layer.build((None, FEATURES))
     x, _ = data(sum(sizes), seed=seed)
-    pool = Pool(layer)
+    pool = Moments(layer)
     for part in np.split(x, np.cumsum(sizes)[:-1]):
-        pool.update(part.mean(axis=0), part.var(axis=0), len(part))
-    pool.close(pool.parts)
+        mean, variance = part.mean(axis=0), part.var(axis=0)
+        pool.add(LayerMoments(layer, 0, mean, variance, len(part)), True)
+    pool.close(pool.parts())
     mean, variance = layer.moving_mean.numpy(), layer.moving_variance.numpy()
     x = x.astype("float64")
     np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-5, atol=1e-5)

@@ -190,7 +190,7 @@ def test_feature_trains_as_with_the_large_batch(fields, cut):
 )
 def test_sums_that_lend_their_memory(execution, cut, monkeypatch):
     """Laws 1 and 10: large ones, here all, are divided in place and freed."""
-    name = "kaccum.tensorflow.arithmetic._is_small"
+    name = "kaccum.backends.tensorflow.arithmetic._is_small"
     monkeypatch.setattr(name, lambda total: False)
     problem = Problem(execution=execution, cut=cut, regularizer="l2")
     model = reference.build_model(problem)

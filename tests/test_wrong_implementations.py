@@ -6,11 +6,12 @@ import functools
 import pytest
 from keras import ops
 
-from kaccum import GradientAccumulator
-from kaccum import callback as callback_module
-from kaccum import weights
-from kaccum.session import Session
-from kaccum.step import TrainingStep
+from kaccum.fit.session import Session
+from kaccum.fit.window import Window
+from kaccum.step import weights
+from kaccum.step.recording import Recording
+from kaccum.step.training_step import TrainingStep
+from kaccum.sums.gradients import GradientSums
 from tests import reference
 from tests.backends import EXECUTIONS
 from tests.profiles import at_night
@@ -35,14 +36,12 @@ def divides_by_steps(monkeypatch):
         "weight_of",
         lambda *_, **__: 1.0 / Problem().steps,
     )
-    real = GradientAccumulator._window_gradients
+    real = GradientSums._window_gradients
 
     def window_gradients(self, weight, count, sums):
         return real(self, ops.ones_like(weight), count, sums)
 
-    monkeypatch.setattr(
-        GradientAccumulator, "_window_gradients", window_gradients
-    )
+    monkeypatch.setattr(GradientSums, "_window_gradients", window_gradients)
 
 
 def weighs_all_the_same(monkeypatch):
@@ -55,7 +54,7 @@ def drops_the_short_window(monkeypatch):
 
     def close_window(self):
         self._window.reset()
-        self._step.reset()
+        self._step.empty()
 
     monkeypatch.setattr(Session, "close_window", close_window)
 
@@ -67,35 +66,31 @@ def leaks_the_short_window(monkeypatch):
 
 def applies_twice(monkeypatch):
     """Two updates a window."""
-    real = GradientAccumulator.update
+    real = GradientSums.close
 
-    def update(self, parts=None):
+    def close(self, parts):
         real(self, parts)
         real(self, parts)
 
-    monkeypatch.setattr(GradientAccumulator, "update", update)
+    monkeypatch.setattr(GradientSums, "close", close)
 
 
 def leaves_the_sums_uncleared(monkeypatch):
     """A window's gradient goes into the next one's."""
-    monkeypatch.setattr(
-        GradientAccumulator, "reset", lambda self, **options: None
-    )
+    monkeypatch.setattr(GradientSums, "empty", lambda self, **options: None)
     monkeypatch.setattr(TrainingStep, "_releases", False)
 
 
 def updates_every_micro_batch(monkeypatch):
     """No accumulation at all."""
-    window = callback_module.Window
-    monkeypatch.setattr(window, "closes", lambda self, count: [True] * count)
-    monkeypatch.setattr(window, "is_open", False)
+    monkeypatch.setattr(Window, "closes", lambda self, count: [True] * count)
+    monkeypatch.setattr(Window, "is_open", False)
 
 
 def hears_no_loss(monkeypatch):
     """Weighs masked micro-batches by their examples."""
-    monkeypatch.setattr(
-        TrainingStep, "_on_loss", lambda self, real, *a, **k: real(*a, **k)
-    )
+    hidden = weights.Reduction("hidden")
+    monkeypatch.setattr(weights, "reduction_of", lambda *_: hidden)
 
 
 WRONG = [
@@ -130,9 +125,7 @@ def test_a_wrong_weight_is_caught(kind, monkeypatch):
 
 def test_regularizers_that_count_every_micro_batch_are_caught(monkeypatch):
     """Law 2: under a sum, a term without data counts once a window."""
-    monkeypatch.setattr(
-        TrainingStep, "_regularizers", lambda self, run: []
-    )
+    monkeypatch.setattr(Recording, "_regularizers", [])
     with pytest.raises(AssertionError):
         check(Problem(kind="sum", regularizer="l2", optimizer="SGD"))
 

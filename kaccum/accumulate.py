@@ -1,0 +1,87 @@
+"""`accumulate`: for training loops that call `train_on_batch`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+
+from kaccum.backends import backend
+from kaccum.checks import check_model
+from kaccum.fit.session import Session, is_plain_fit
+from kaccum.fit.window import Window, checked_steps
+
+
+def accumulate(
+    model: keras.Model, steps: int
+) -> contextlib.AbstractContextManager[None]:
+    """Makes `model.train_on_batch` accumulate inside a `with` block.
+
+    Every `steps` calls (a window) make one update, that of the union of their
+    batches. At the end of the block a window that is still open is applied,
+    scaled by its own size; if an exception leaves the block it is dropped. An
+    error inside of `train_on_batch` that is caught in the block drops the open
+    window too: how much of it was added is not known.
+
+    Several models may accumulate at the same time, each with its own window.
+    What `train_on_batch` returns is of its own batch.
+
+    Args:
+        model: A compiled `keras.Model`.
+        steps: int >= 1, the number of calls that make one update. 1 changes
+            nothing.
+
+    Raises:
+        TypeError: If `steps` is not an integer, or `model` no model.
+        ValueError: If it is below 1, the model is not compiled, has no
+            optimizer, or one with `gradient_accumulation_steps`.
+        RuntimeError: If the model accumulates already or fits inside the
+            block, Keras runs on another backend than TensorFlow, JAX or
+            PyTorch, or the model's `tf.distribute` strategy is not supported.
+            In the first step as `GradientAccumulationCallback`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+
+    from kaccum import accumulate
+
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer="adam", loss="mse")
+    with accumulate(model, 4):
+        for _ in range(10):
+            model.train_on_batch(np.ones((8, 4)), np.ones((8, 1)))
+    print(int(model.optimizer.iterations))  # 3: of 4, 4 and 2 micro-batches
+    ```
+    """
+    steps = checked_steps(steps)
+    backend()
+    check_model(model)
+    return _accumulating(model, steps)
+
+
+@contextlib.contextmanager
+def _accumulating(model: keras.Model, steps: int) -> Iterator[None]:
+    # It may have been compiled again since.
+    check_model(model)
+    # Also ends an earlier session that was interrupted.
+    model.make_train_function()
+    if Session.installed_on(model) is not None:
+        raise RuntimeError(
+            "`accumulate` must be given a model that does not accumulate yet. "
+            "Received: one inside of another `accumulate`, or of a `fit` with "
+            "a `GradientAccumulationCallback`."
+        )
+    if is_plain_fit(model, steps):
+        yield
+        return
+    session = Session.of(model)
+    try:
+        session.take_over(Window(steps), is_for_fit=False)
+        yield
+        session.close_window()
+    finally:
+        session.give_back()

@@ -1,0 +1,61 @@
+"""Nested arrays: how many examples they have, and parts of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+
+def examples_in(batch: Any) -> int:
+    """The number of examples of a batch of `fit`.
+
+    Args:
+        batch: Nested arrays, or `None`s. Each array has the examples along its
+            first axis.
+
+    Raises:
+        ValueError: If they have not.
+    """
+    shapes = keras.tree.map_structure(
+        lambda array: None if array is None else tuple(array.shape), batch
+    )
+    lengths = {
+        array.shape[0] if len(array.shape) else None
+        for array in keras.tree.flatten(batch)
+        if array is not None
+    }
+    return common_length(lengths, shapes)
+
+
+def part_of(batch: Any, start: int, end: int) -> Any:
+    """The examples `start` to `end` (left out) of a batch of arrays.
+
+    Args:
+        batch: As in `examples_in`.
+        start: The first example.
+        end: The one after the last.
+    """
+    return keras.tree.map_structure(
+        lambda array: None if array is None else array[start:end], batch
+    )
+
+
+def common_length(lengths: set[int | None], shapes: Any) -> int:
+    """The one length that all arrays of a batch have.
+
+    Args:
+        lengths: Those of all arrays, `None` for one without axes.
+        shapes: All shapes, for the message.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is None:
+        raise ValueError(
+            "All arrays of a batch must have the same examples along their "
+            "first axis to be cut into micro-batches. Received: a batch of "
+            f"shapes {shapes}."
+        )
+    return length

@@ -1,0 +1,340 @@
+"""What kaccum asks of a framework: a class, of which each has a subclass.
+
+Knows none of them, and nothing of the rest of kaccum. What all frameworks but
+one do alike stands here.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+from keras import ops
+
+from kaccum.backends.runner import Runner
+
+
+class Backend(abc.ABC):
+    """How sums are kept, gradients added, batches cut and steps run."""
+
+    # Sums: variables of kaccum's own, which Keras does not know of.
+
+    @abc.abstractmethod
+    def new_sum(self, shape: Any, dtype: str, beside: Any = None) -> Any:
+        """A sum of zeros, made outside of what is being traced.
+
+        Which variables have gradients is first known inside of a trace. Each
+        replica has a sum of its own.
+
+        Args:
+            shape: Its shape.
+            dtype: Its dtype.
+            beside: A variable whose device, or layout, it shares.
+        """
+
+    @abc.abstractmethod
+    def value_of(self, total: Any) -> Any:
+        """What a sum holds now, of all replicas where none asks."""
+
+    @abc.abstractmethod
+    def take(self, total: Any) -> Any:
+        """What a sum holds, whose memory is then no longer the sum's.
+
+        What is computed of it next can be computed in place. Until `empty` the
+        sum must not be used.
+        """
+
+    @abc.abstractmethod
+    def increase(self, total: Any, value: Any) -> None:
+        """`total += value`."""
+
+    @abc.abstractmethod
+    def assign(self, total: Any, value: Any) -> None:
+        """`total = value`."""
+
+    @abc.abstractmethod
+    def add_weighted(
+        self, sums: Sequence[Any], gradients: Sequence[Any], weight: Any
+    ) -> None:
+        """`total += weight * gradient`, each in one pass over memory."""
+
+    @abc.abstractmethod
+    def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
+        """The tensors divided by a scalar, zeros where that is zero.
+
+        In their own memory, where they were taken.
+        """
+
+    @abc.abstractmethod
+    def empty(self, total: Any, after: Any = None) -> None:
+        """Makes a sum zero, also one that was released.
+
+        Args:
+            total: The sum.
+            after: A variable whose last assignment comes first, and whose
+                update is not to take memory at the same time as what the sum
+                holds and its zeros.
+        """
+
+    @abc.abstractmethod
+    def release(self, total: Any) -> Any:
+        """Frees a sum's memory."""
+
+    def check_add(self) -> None:
+        """Checks that sums can be changed here, in a loop of the user's own.
+
+        Raises:
+            RuntimeError: In a function that JAX traces.
+        """
+        return None
+
+    # Gradients.
+
+    @abc.abstractmethod
+    def gradients_of(
+        self, loss: Callable[[], Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        """The gradients of what `loss` returns, a tensor or `None` each."""
+
+    def dense(self, gradient: Any) -> Any:
+        """A gradient as a tensor: repeated rows of a sparse one add up."""
+        return gradient
+
+    def all_finite(self, gradients: Sequence[Any]) -> Any:
+        """Whether no gradient holds a NaN or an infinity, a scalar bool."""
+        finite = [ops.all(ops.isfinite(g)) for g in gradients if g is not None]
+        return ops.all(ops.stack(finite))
+
+    def zero_unless(self, where: Any, gradients: Sequence[Any]) -> list[Any]:
+        """The gradients, or zeros of their shapes where `where` is false."""
+        return [
+            g if g is None else ops.where(where, g, ops.zeros_like(g))
+            for g in gradients
+        ]
+
+    def held(self, gradients: Sequence[Any]) -> Sequence[Any]:
+        """The gradients as they are now, whatever a step makes of them next."""
+        return gradients
+
+    # Traces: functions that a framework records once, to compile them.
+
+    @abc.abstractmethod
+    def is_eager(self) -> bool:
+        """Whether what is called now is run now."""
+
+    def trace(self) -> Any:
+        """What is being traced, for `is_traced_in`."""
+
+    def is_traced_in(self, outer: Any) -> bool:
+        """Whether what is called now belongs to what `trace` returned.
+
+        What a user's own compiled function does, does not: it is traced once,
+        and outlives the step.
+        """
+        return True
+
+    def outside_of_traces(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, called where nothing is traced.
+
+        What it makes is for all replicas.
+        """
+        return make()
+
+    def making_variables_outside(self) -> AbstractContextManager[None]:
+        """A context that makes variables outside of what is being traced.
+
+        They hold their first value at once, and the function, which does not
+        own them, need not be traced a second time.
+        """
+        return contextlib.nullcontext()
+
+    def knows_shapes(self) -> bool:
+        """Whether Keras knows the size of a batch while a step runs."""
+        return True
+
+    def after(self, data: Any) -> AbstractContextManager[None]:
+        """A context whose operations wait for every tensor in `data`."""
+        return contextlib.nullcontext()
+
+    @abc.abstractmethod
+    def positive(
+        self, total: Any, message: str
+    ) -> AbstractContextManager[None]:
+        """A context that is entered only where `total > 0`.
+
+        Raises:
+            RuntimeError: Elsewhere; in a graph of TensorFlow,
+                `tf.errors.InvalidArgumentError`.
+        """
+
+    # Several devices.
+
+    def check_devices(self, model: keras.Model) -> None:
+        """Checks that gradients can be accumulated where a model trains.
+
+        Raises:
+            RuntimeError: If it trains under a strategy that is not supported,
+                or would be compiled by XLA for several replicas.
+        """
+
+    @abc.abstractmethod
+    def devices(self, count: int) -> Any:
+        """What makes a model train on so many GPUs, or parts of the processor.
+
+        To be called before anything is computed.
+
+        Raises:
+            RuntimeError: Where models train on one device only.
+        """
+
+    def replicas_of(self, model: keras.Model) -> int:
+        """The number of replicas that a model trains on."""
+        return 1
+
+    def replicas(self) -> int:
+        """The number of replicas at work."""
+        return 1
+
+    def may_be_empty(self, data: Any) -> bool:
+        """Whether a replica's batch may have no examples.
+
+        Args:
+            data: What its `train_step` gets.
+        """
+        return False
+
+    def scope_of(self, model: keras.Model) -> AbstractContextManager[Any]:
+        """A context in which variables are made for all replicas of a model."""
+        return contextlib.nullcontext()
+
+    def sum_over_replicas(self, tensors: Sequence[Any]) -> list[Any]:
+        """The tensors, each summed over the replicas, in a single all-reduce.
+
+        To be called by every replica.
+        """
+        return list(tensors)
+
+    def as_row(self, value: Any) -> Any:
+        """A tensor with a row for each replica: this one's value, and zeros.
+
+        Summed over the replicas it holds the values of all.
+        """
+        return ops.convert_to_tensor(value)[None]
+
+    def rows_of(self, tensor: Any) -> list[Any]:
+        """The values of all replicas, of a sum of what `as_row` returned."""
+        return [tensor[0]]
+
+    def of_whole_gradients(self, optimizer: Any) -> dict[str, Callable]:
+        """What an optimizer does where each replica has the whole gradient.
+
+        Returns:
+            By their names, functions that stand in for methods of `optimizer`.
+        """
+        return {}
+
+    # Batches.
+
+    @abc.abstractmethod
+    def examples_in(self, batch: Any) -> list[int]:
+        """The number of examples of a batch of `fit`, for each replica.
+
+        Args:
+            batch: Nested tensors (or, under a strategy, the replicas' own
+                ones), each with the examples along its first axis.
+
+        Raises:
+            ValueError: If they have not.
+        """
+
+    @abc.abstractmethod
+    def cut(
+        self, batch: Any, sizes: list[list[int]], model: keras.Model
+    ) -> Iterator[Any]:
+        """The micro-batches of a batch, one after the other.
+
+        Args:
+            batch: As in `examples_in`.
+            sizes: How many examples each of them has, for each replica.
+            model: What trains on them.
+        """
+
+    # Memory.
+
+    @abc.abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an error says that memory ran out."""
+
+    @abc.abstractmethod
+    def out_of_memory(
+        self, error: BaseException, sentence: str
+    ) -> BaseException:
+        """The error again, with a sentence more.
+
+        Args:
+            error: One that `is_out_of_memory`.
+            sentence: What to add to its message.
+        """
+
+    # Steps.
+
+    def before(self, variable: Any) -> Any:
+        """What a variable holds before a step assigns it.
+
+        `None` where the step returns its changes, and assigns nothing.
+        """
+        return ops.copy(ops.convert_to_tensor(variable))
+
+    def differentiating(self) -> Sequence[Any]:
+        """The module whose `grad` and `value_and_grad` steps call, if any."""
+        return ()
+
+    def differentiated(
+        self,
+        function: Callable[..., Any],
+        lists: Sequence[list[Any]],
+        traced_further: Callable[[], AbstractContextManager[None]],
+        *,
+        argnums: Any,
+        has_aux: bool,
+        returns_value: bool,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        """A function that computes the gradient of another one.
+
+        What is heard while that is traced is of use outside of it only if it
+        leaves it as auxiliary output.
+
+        Args:
+            function: The function.
+            lists: What `function` appends tensors to, in tuples.
+            traced_further: A context in which to call it.
+            argnums: With respect to which arguments.
+            has_aux: Whether it returns more than a value.
+            returns_value: Whether its value is wanted, too.
+            **options: More of the framework's own.
+        """
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def runner(self, model: keras.Model, step: Any) -> Runner:
+        """What runs a training step.
+
+        Args:
+            model: A compiled `keras.Model` whose `train_function` is made.
+            step: What its training step becomes.
+        """
+
+    # Tests and benchmarks.
+
+    @abc.abstractmethod
+    def use_full_precision(self) -> None:
+        """Makes products as precise as their dtypes, for comparisons."""
+
+    @abc.abstractmethod
+    def device_name(self) -> str:
+        """The device that is computed on by default."""

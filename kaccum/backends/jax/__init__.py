@@ -1,0 +1,234 @@
+"""On JAX a step is a function of arrays: what it changes, it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.extend.core import get_opaque_trace_state
+
+from kaccum.backends import arrays
+from kaccum.backends.base import Backend
+from kaccum.backends.jax.runner import JaxRunner
+from kaccum.backends.jax.sums import Sum
+from kaccum.backends.runner import Runner
+
+# A GPU's, and that of a compiled step on the processor (JAX 0.10).
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+# Taken at import: JAX's own.
+_value_and_grad, _grad = jax.value_and_grad, jax.grad
+with jax.ensure_compile_time_eval():
+    _NO_TRACE = get_opaque_trace_state()
+
+
+class JaxBackend(Backend):
+    """Sums hold arrays, or what stands for them in a trace."""
+
+    def new_sum(self, shape: Any, dtype: str, beside: Any = None) -> Sum:
+        return Sum(tuple(shape), dtype, beside)
+
+    def value_of(self, total: Sum) -> jax.Array:
+        return total.value
+
+    def take(self, total: Sum) -> jax.Array:
+        # The memory of what is donated is used again by itself.
+        return total.value
+
+    def increase(self, total: Sum, value: Any) -> None:
+        total.value = total.value + jnp.asarray(value, total.dtype)
+
+    def assign(self, total: Sum, value: Any) -> None:
+        total.value = jnp.asarray(value, total.dtype)
+
+    def add_weighted(
+        self, sums: Sequence[Sum], gradients: Sequence[Any], weight: Any
+    ) -> None:
+        for total, gradient in zip(sums, gradients):
+            gradient = gradient.astype(total.dtype)
+            self.increase(total, jnp.asarray(weight, total.dtype) * gradient)
+
+    def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
+        return [
+            tensor * jnp.where(by == 0, 0, 1 / by.astype(tensor.dtype))
+            for tensor in tensors
+        ]
+
+    def empty(self, total: Sum, after: Any = None) -> None:
+        if self.is_eager():
+            total.fill()
+        else:
+            total.value = jnp.zeros(total.shape, total.dtype)
+
+    def release(self, total: Sum) -> None:
+        total.value = None
+
+    def check_add(self) -> None:
+        if not self.is_eager():
+            raise RuntimeError(
+                "Gradients must be accumulated outside of functions that JAX "
+                "traces (`jax.jit`, `jax.grad`). Received: a call inside of "
+                "one. Return the gradients from it."
+            )
+
+    def gradients_of(
+        self, loss: Callable[[], Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        before = [variable.value for variable in variables]
+
+        def loss_at(values: list[Any]) -> Any:
+            # In the scope of the step, which knows the other variables, too.
+            for variable, value in zip(variables, values):
+                variable.assign(value)
+            try:
+                return loss()
+            finally:
+                for variable, value in zip(variables, before):
+                    variable.assign(value)
+
+        return list(_grad(loss_at)(before))
+
+    def is_eager(self) -> bool:
+        return bool(get_opaque_trace_state() == _NO_TRACE)
+
+    def trace(self) -> Any:
+        return get_opaque_trace_state()
+
+    def is_traced_in(self, outer: Any) -> bool:
+        return bool(get_opaque_trace_state() == outer)
+
+    def outside_of_traces(self, make: Callable[[], Any]) -> Any:
+        with jax.ensure_compile_time_eval():
+            return make()
+
+    @contextlib.contextmanager
+    def positive(self, total: Any, message: str) -> Iterator[None]:
+        if not isinstance(total, jax.core.Tracer) and not int(total) > 0:
+            raise RuntimeError(message)
+        yield
+
+    def before(self, variable: Any) -> None:
+        return None
+
+    def differentiating(self) -> Sequence[Any]:
+        return (jax,)
+
+    def differentiated(
+        self,
+        function: Callable[..., Any],
+        lists: Sequence[list[Any]],
+        traced_further: Callable[[], AbstractContextManager[None]],
+        *,
+        argnums: Any,
+        has_aux: bool,
+        returns_value: bool,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        starts = [len(each) for each in lists]
+        leaves: list[Any] = []
+        structures: list[Any] = []
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            for each, start in zip(lists, starts):
+                del each[start:]
+            with traced_further():
+                result = function(*args, **kwargs)
+            value, beside = result if has_aux else (result, None)
+            heard = [each[start:] for each, start in zip(lists, starts)]
+            leaves[:], structure = jax.tree.flatten(heard)
+            structures[:] = [structure]
+            arrays = [x for x in leaves if isinstance(x, jax.Array)]
+            return value, (beside, jax.lax.stop_gradient(arrays))
+
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            derived = _value_and_grad(inside, argnums, True, **options)
+            (value, (beside, arrays)), gradient = derived(*args, **kwargs)
+            left = iter(arrays)
+            outer = [
+                next(left) if isinstance(x, jax.Array) else x for x in leaves
+            ]
+            heard = jax.tree.unflatten(structures[0], outer)
+            for each, start, entries in zip(lists, starts, heard):
+                each[start:] = entries
+            if returns_value:
+                return ((value, beside) if has_aux else value), gradient
+            return (gradient, beside) if has_aux else gradient
+
+        return outside
+
+    def devices(self, count: int) -> keras.distribution.DataParallel:
+        jax.config.update("jax_num_cpu_devices", count)
+        names = keras.distribution.list_devices()
+        return keras.distribution.DataParallel(devices=names[:count])
+
+    def examples_in(self, batch: Any) -> list[int]:
+        distribution = keras.distribution.distribution()
+        # In so many parts the devices have it.
+        parts = 1 if distribution is None else distribution.num_model_replicas
+        return [arrays.examples_in(batch) // parts] * parts
+
+    def cut(
+        self, batch: Any, sizes: list[list[int]], model: keras.Model
+    ) -> Iterator[Any]:
+        if len(sizes) == 1:
+            yield batch
+            return
+        start = 0
+        for each in sizes:
+            yield _part_of(batch, start, each[0], len(each))
+            start += each[0]
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        # What was called before raises the one, what is new the other
+        # (JAX 0.10).
+        if isinstance(error, (ValueError, jax.errors.JaxRuntimeError)):
+            return any(text in str(error) for text in _OUT_OF_MEMORY)
+        return isinstance(error, MemoryError)
+
+    def out_of_memory(
+        self, error: BaseException, sentence: str
+    ) -> BaseException:
+        return jax.errors.JaxRuntimeError(f"{error}\n{sentence}")
+
+    def use_full_precision(self) -> None:
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+    def device_name(self) -> str:
+        device = jax.devices()[0]
+        note = " (not run on a GPU)" if device.platform == "cpu" else ""
+        return f"{device.platform.upper()}{note}"
+
+    def runner(self, model: keras.Model, step: Any) -> Runner:
+        return JaxRunner(model, step)
+
+
+def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:
+    leaves = keras.tree.flatten(batch)
+    if all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves):
+        return _compiled_part_of(batch, start, size, parts)
+    return arrays.part_of(batch, start, start + size)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _compiled_part_of(batch: Any, start: Any, size: int, parts: int) -> Any:
+    """Some examples of those that each part of the devices has."""
+
+    def part_of(array: Any) -> Any:
+        if parts == 1:
+            return jax.lax.dynamic_slice_in_dim(array, start, size)
+        shape = array.shape[1:]
+        array = array.reshape(parts, -1, *shape)
+        array = jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+        array = array.reshape(parts * size, *shape)
+        layout = keras.distribution.distribution().get_data_layout(array.shape)
+        return jax.lax.with_sharding_constraint(array, layout.backend_layout)
+
+    return jax.tree.map(part_of, batch)
+
+
+BACKEND = JaxBackend()

@@ -1,0 +1,301 @@
+"""The compiled functions: *add*, which runs a step, and *update*."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import keras
+
+from kaccum.backends.jax.sums import Sum, sharding_of
+from kaccum.backends.runner import Ran, Runner
+
+
+class State(NamedTuple):
+    """The values that Keras passes to a step, or their variables, in lists."""
+
+    trainable: list[Any]
+    non_trainable: list[Any]
+    optimizer: list[Any]
+    metrics: list[Any]
+
+
+class _NewSums(Exception):
+    """Says that what was traced needs more arguments."""
+
+    def __init__(self, sums: list[Sum]) -> None:
+        super().__init__()
+        self.sums = sums
+
+
+class JaxRunner(Runner):
+    """Compiled versions of a training step.
+
+    Between them, this holds what Keras passes as the state. While one is
+    traced, a scope stands for the variables and the sums stand for themselves,
+    so that a step finds them as on other backends. *Add* is not given the
+    weights and the optimizer's variables to change, only to read.
+    """
+
+    def __init__(self, model: keras.Model, step: Any) -> None:
+        super().__init__(model, step)
+        # The model may be compiled with another one before the last update.
+        self._optimizer = model.optimizer
+        # What the compiled functions get and return, in this order.
+        self._sums: list[Sum] = []
+        # A `State` while the train function runs.
+        self._state: Any = None
+        self._before: Any = None
+        # What is donated changes in its own memory. An error in *add* leaves
+        # what it was called with, but for the sums.
+        self._add = self._compiled(self._traced_add, donated=[1])
+        self._update = self._compiled(self._traced_update, donated=[0, 1])
+
+    def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
+        state, iterator = arguments
+        self._state = State(*state)
+        try:
+            logs = run(iterator)
+        except BaseException:
+            # Keras has the state of before, whose memory may be used again.
+            self._hand_over()
+            raise
+        finally:
+            new, self._state = self._state, None
+        return logs, tuple(new)
+
+    def told(self, function: Callable[[int], Any], updates: int) -> None:
+        # It may look at the model, and change it.
+        if self._state is None:
+            function(updates)
+            return
+        self._hand_over()
+        self.model.jax_state_sync()
+        function(updates)
+        self._state = self._held_by_variables()
+        self._hand_over()
+
+    def remember(self) -> None:
+        super().remember()
+        self._before = self._state
+
+    def wait(self) -> None:
+        jax.block_until_ready([total.value for total in self._sums])
+
+    def restore(self) -> None:
+        super().restore()
+        self._state = self._before
+
+    def forget(self) -> None:
+        self._before = None
+
+    def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
+        logs, ran, updates = None, 0, 0
+        for is_last in closes:
+            batch = next(batches, self)
+            if batch is self:
+                break
+            if is_plain:
+                logs, state = self._plain(tuple(self._state), iter([batch]))
+                self._state = State(*state)
+                updates += 1
+            else:
+                logs = self._run_add(batch)
+                updates += self.update() if is_last else 0
+            ran += 1
+        if ran == 0:
+            raise StopIteration
+        return Ran(logs, ran, updates)
+
+    def _run_add(self, data: Any) -> Any:
+        logs, non_trainable, metrics = self._call(self._add, self._state, data)
+        self._state = self._state._replace(
+            non_trainable=non_trainable, metrics=metrics
+        )
+        return logs
+
+    def _run_update(self) -> None:
+        if self._state is not None:
+            self._update_state()
+            return
+        # Between two calls of the train function the variables have the state.
+        self.model.jax_state_sync()
+        self._state = self._held_by_variables()
+        try:
+            self._update_state()
+            for variable, value in _pairs(self._variables, self._state):
+                variable.assign(value)
+        finally:
+            self._state = None
+
+    def _update_state(self) -> None:
+        trainable, non_trainable, optimizer, metrics = self._state
+        new = self._call(
+            self._update, (trainable, optimizer), (non_trainable, metrics)
+        )
+        self._state = State(*new)
+
+    def _traced_add(self, state: State, held: list[Any], data: Any) -> Any:
+        variables = self._variables
+
+        def train_step(data: Any) -> tuple[Any, dict[int, Any]]:
+            logs, new = self.model.train_step(tuple(state), data)
+            assigned = {}
+            before = _pairs(variables, state)
+            for (variable, old), (_, value) in zip(
+                before, _pairs(variables, State(*new))
+            ):
+                if value is not old:
+                    assigned[id(variable)] = (variable, old)
+                    scope.add_update((variable, value))
+            return logs, assigned
+
+        with self._holding(held), _scope(variables, state) as scope:
+            with self._step.overheard():
+                logs = self._step.run(data, train_step, lambda variable: None)
+            new = _state_in(scope, variables)
+            _check_still(state, new)
+            _, non_trainable, _, metrics = self._placed(new)
+            return (logs, non_trainable, metrics), self._held()
+
+    def _traced_update(
+        self, changing: Any, held: list[Any], others: Any
+    ) -> Any:
+        trainable, optimizer = changing
+        non_trainable, metrics = others
+        state = State(trainable, non_trainable, optimizer, metrics)
+        variables = self._variables
+        with self._holding(held), _scope(variables, state) as scope:
+            self._step.update()
+            self._step.empty()
+            return self._placed(_state_in(scope, variables)), self._held()
+
+    def _call(self, function: Any, first: Any, last: Any) -> Any:
+        while True:
+            held = [total.value for total in self._sums]
+            try:
+                result, held = function(first, held, last)
+            except _NewSums as error:
+                # Nothing has run. Which sums a step has is first known here.
+                self._sums += error.sums
+                continue
+            except BaseException:
+                # What they held was donated.
+                for total in self._sums:
+                    if total.value is not None and total.value.is_deleted():
+                        total.fill()
+                raise
+            for total, value in zip(self._sums, held):
+                total.value = value
+            return result
+
+    @contextlib.contextmanager
+    def _holding(self, held: list[Any]) -> Iterator[None]:
+        """A context in which the sums are those of the traced function."""
+        before = [total.value for total in self._sums]
+        for total, value in zip(self._sums, held):
+            total.value = value
+        try:
+            yield
+        finally:
+            for total, value in zip(self._sums, before):
+                total.value = value
+
+    def _held(self) -> list[Any]:
+        """What the sums hold at the end of a function."""
+        new = [t for t in self._step.sums.all if t not in self._sums]
+        if new and self._is_compiled:
+            for total in new:
+                total.fill()
+            raise _NewSums(new)
+        self._sums += new
+        return [_placed(total.value, total.sharding) for total in self._sums]
+
+    def _placed(self, state: State) -> State:
+        """What the variables hold at the end of a function."""
+        if keras.distribution.distribution() is None:
+            return state
+        return State(
+            *(
+                [_placed(x, sharding_of(v)) for v, x in zip(group, values)]
+                for group, values in zip(self._variables, state)
+            )
+        )
+
+    @property
+    def _is_compiled(self) -> bool:
+        return self.model.jit_compile and not self.model.run_eagerly
+
+    def _compiled(
+        self, function: Callable[..., Any], donated: list[int]
+    ) -> Callable[..., Any]:
+        if not self._is_compiled:
+            return function
+        return jax.jit(function, donate_argnums=donated)
+
+    @property
+    def _variables(self) -> State:
+        """The variables whose values Keras passes."""
+        model = self.model
+        return State(
+            model.trainable_variables,
+            model.non_trainable_variables,
+            self._optimizer.variables,
+            model.metrics_variables,
+        )
+
+    def _held_by_variables(self) -> State:
+        return State(*([v.value for v in group] for group in self._variables))
+
+    def _hand_over(self) -> None:
+        """Makes the state what the variables get when they are synced.
+
+        `fit` holds the values of variables, and gives them back where a
+        callback or an error ends a step: those of the step before (Keras 3.15).
+        """
+        trainable, non_trainable, optimizer, metrics = self._state
+        self.model._jax_state = {
+            "trainable_variables": trainable,
+            "non_trainable_variables": non_trainable,
+            "optimizer_variables": optimizer,
+            "metrics_variables": metrics,
+        }
+        self.model._jax_state_synced = False
+
+
+def _pairs(variables: State, state: State) -> list[tuple[Any, Any]]:
+    groups = zip(variables, state)
+    return [pair for group, held in groups for pair in zip(group, held)]
+
+
+def _scope(variables: State, state: State) -> keras.StatelessScope:
+    """A scope in which the variables hold the state."""
+    return keras.StatelessScope(_pairs(variables, state))
+
+
+def _state_in(scope: keras.StatelessScope, variables: State) -> State:
+    now = scope.get_current_value
+    return State(*([now(v) for v in group] for group in variables))
+
+
+def _check_still(before: State, after: State) -> None:
+    """Checks that a step left to the optimizer what is the optimizer's."""
+    for old, new in (
+        (before.trainable, after.trainable),
+        (before.optimizer, after.optimizer),
+    ):
+        if any(x is not y for x, y in zip(old, new)):
+            raise RuntimeError(
+                "The model's `train_step` must change weights and the "
+                "optimizer's variables by `self.optimizer` only, for its "
+                "gradients to be accumulated on JAX. Received: one that "
+                "returned other values for them."
+            )
+
+
+def _placed(value: Any, sharding: Any) -> Any:
+    if sharding is None:
+        return value
+    return jax.lax.with_sharding_constraint(value, sharding)

@@ -1,0 +1,181 @@
+"""Runs training steps, one after the other, and updates."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+
+if TYPE_CHECKING:
+    from kaccum.backends.base import Backend
+
+
+class Ran(NamedTuple):
+    """What a call of a train function did.
+
+    Args:
+        logs: The last step's logs.
+        micro_batches: How many there were before the data came to its end.
+        updates: How many updates were made.
+    """
+
+    logs: Any
+    micro_batches: int
+    updates: int
+
+
+class Runner(abc.ABC):
+    """Runs the training step of a model, and the update where a window closes.
+
+    Is told which step to run, and leaves the counting of micro-batches to
+    others.
+
+    Args:
+        model: A compiled `keras.Model` whose `train_function` is made.
+        step: What its training step becomes.
+    """
+
+    #: How the end of the data reaches a train function.
+    end_of_data: Any = StopIteration
+
+    def __init__(self, model: keras.Model, step: Any) -> None:
+        self.model = model
+        self._step = step
+        self._plain = model.train_function
+        self._skipped = 0
+
+    @abc.abstractmethod
+    def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
+        """Runs one training step for each entry of `closes`.
+
+        Args:
+            batches: What `fit` gives a `train_function`: an iterator.
+            closes: For each micro-batch, whether it closes its window.
+            is_plain: Whether to run the model's own step, which updates.
+
+        Raises:
+            StopIteration, tf.errors.OutOfRangeError: If there was no data.
+        """
+
+    def update(self) -> int:
+        """Makes an update of what was added, without another micro-batch.
+
+        Returns:
+            The number of updates: 0 where all micro-batches were left out.
+        """
+        if self._step.skips and bool(self._step.sums.is_empty()):
+            return 0
+        self._run_update()
+        return 1
+
+    @abc.abstractmethod
+    def _run_update(self) -> None:
+        """Makes an update, and empties the sums."""
+
+    def start(self) -> None:
+        """Makes ready for training: all sums are empty."""
+        self._step.empty()
+        self._step.count_skipped_from(0)
+
+    def stop(self) -> None:
+        """Frees the sums' memory."""
+        self._step.sums.release()
+
+    @abc.abstractmethod
+    def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
+        """Runs something as the model's train function.
+
+        Args:
+            run: Function of an iterator of batches that returns logs.
+            *arguments: What Keras calls a train function with.
+
+        Returns:
+            What Keras's train function returns.
+        """
+
+    def told(self, function: Callable[[int], Any], updates: int) -> None:
+        """Calls a function of the user's own inside of the train function."""
+        function(updates)
+
+    # An attempt to train on a batch, which may run out of memory.
+
+    def remember(self) -> None:
+        """Remembers what an attempt to train on a batch may change."""
+        self._skipped = self._step.skipped if self._step.skips else 0
+
+    def wait(self) -> None:
+        """Waits for an attempt: it has failed where this raises."""
+
+    def restore(self) -> None:
+        """Takes a failed attempt back."""
+        self._step.empty()
+        self._step.count_skipped_from(self._skipped)
+
+    @abc.abstractmethod
+    def forget(self) -> None:
+        """Forgets what was remembered."""
+
+
+class AssigningRunner(Runner):
+    """A runner of steps that assign to variables as they run.
+
+    A step that is compiled tells what it assigns only while it is traced, so
+    the variables are remembered for good, and their values for one batch.
+    """
+
+    def __init__(self, model: keras.Model, step: Any, backend: Backend) -> None:
+        super().__init__(model, step)
+        self._backend = backend
+        step_of_model = model.train_step
+        # A `tf.function` is traced by itself, and cannot be overheard.
+        step_of_model = getattr(step_of_model, "python_function", step_of_model)
+        self._train_step = step_of_model
+        self._assigned: dict[int, Any] = {}
+        self._before: dict[int, Any] | None = None
+
+    def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
+        (batches,) = arguments
+        return run(iter(batches) if isinstance(batches, list) else batches)
+
+    def remember(self) -> None:
+        super().remember()
+        self._before = {
+            key: self._copy(variable)
+            for key, variable in self._assigned.items()
+        }
+
+    def restore(self) -> None:
+        super().restore()
+        for key, before in (self._before or {}).items():
+            self._restore(self._assigned[key], before)
+
+    def forget(self) -> None:
+        self._before = None
+
+    def _add(self, data: Any) -> Any:
+        """Runs the step on a micro-batch."""
+        return self._step.run(
+            data, lambda data: (self._train_step(data), {}), self._hear
+        )
+
+    def _hear(self, variable: Any) -> None:
+        key = id(variable)
+        if key in self._assigned:
+            return
+        if self._before is not None:
+            # In a trace: none of this batch's steps has assigned it yet.
+            self._before[key] = self._backend.outside_of_traces(
+                functools.partial(self._copy, variable)
+            )
+        self._assigned[key] = variable
+
+    @abc.abstractmethod
+    def _copy(self, variable: Any) -> Any:
+        """What a variable holds now."""
+
+    @abc.abstractmethod
+    def _restore(self, variable: Any, before: Any) -> None:
+        """Makes it hold what `_copy` returned."""

@@ -1,0 +1,46 @@
+"""On TensorFlow a step is traced, and replicas of a strategy run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kaccum.backends.runner import Runner
+from kaccum.backends.tensorflow.arithmetic import Arithmetic
+from kaccum.backends.tensorflow.batches import Batches
+from kaccum.backends.tensorflow.runner import TensorFlowRunner
+
+
+class TensorFlowBackend(Arithmetic, Batches):
+    """Sums, batches and replicas, and what little else there is."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
+            return True
+        is_of_tensorflow = isinstance(error, tf.errors.OpError)
+        return is_of_tensorflow and "RESOURCE_EXHAUSTED" in str(error)
+
+    def out_of_memory(
+        self, error: BaseException, sentence: str
+    ) -> tf.errors.ResourceExhaustedError:
+        message = getattr(error, "message", str(error))
+        return tf.errors.ResourceExhaustedError(
+            getattr(error, "node_def", None),
+            getattr(error, "op", None),
+            f"{message}\n{sentence}",
+        )
+
+    def runner(self, model: keras.Model, step: Any) -> Runner:
+        return TensorFlowRunner(model, step, self)
+
+    def use_full_precision(self) -> None:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+
+    def device_name(self) -> str:
+        gpus = tf.config.list_logical_devices("GPU")
+        return gpus[0].name if gpus else "CPU (not run on a GPU)"
+
+
+BACKEND = TensorFlowBackend()

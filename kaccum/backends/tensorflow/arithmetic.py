@@ -1,0 +1,206 @@
+"""Arithmetic on sums and gradients, and where it is done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kaccum.backends.tensorflow.replicas import (
+    Replicas,
+    handles,
+    in_a_thread,
+)
+
+
+class Arithmetic(Replicas):
+    """Sums are variables, which graphs assign."""
+
+    def new_sum(
+        self, shape: Any, dtype: str, beside: Any = None
+    ) -> tf.Variable:
+        def make() -> tf.Variable:
+            return tf.Variable(
+                tf.zeros(shape, dtype),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+
+        is_single = beside is not None and self.replicas() == 1
+        device = _resource(beside).device if is_single else ""
+        return self.outside_of_traces(make, device)
+
+    def value_of(self, total: tf.Variable) -> tf.Tensor:
+        return tf.convert_to_tensor(total)
+
+    def take(self, total: tf.Variable) -> tf.Tensor:
+        value = tf.convert_to_tensor(total)
+        if _is_small(total):
+            return value
+        with tf.control_dependencies([value]):
+            taken = self.release(total)
+        with tf.control_dependencies(taken):
+            return tf.identity(value)
+
+    def increase(self, total: tf.Variable, value: Any) -> None:
+        total.assign_add(tf.cast(value, total.dtype))
+
+    def assign(self, total: tf.Variable, value: Any) -> None:
+        total.assign(value)
+
+    def add_weighted(
+        self, sums: Sequence[tf.Variable], gradients: Sequence[Any], weight: Any
+    ) -> None:
+        for total, gradient in zip(sums, gradients):
+            _add_weighted(total, gradient, tf.cast(weight, total.dtype))
+
+    def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
+        def share(dtype: Any) -> Any:
+            return tf.math.divide_no_nan(tf.ones((), dtype), tf.cast(by, dtype))
+
+        shares = {dtype: share(dtype) for dtype in {t.dtype for t in tensors}}
+        return [tensor * shares[tensor.dtype] for tensor in tensors]
+
+    def empty(self, total: tf.Variable, after: Any = None) -> None:
+        if _is_small(total):
+            _assign(total, tf.zeros(total.shape, total.dtype))
+            return
+        waits_for = []
+        if after is not None:
+            with tf.control_dependencies([tf.convert_to_tensor(after)]):
+                waits_for = self.release(total)
+        with tf.control_dependencies(waits_for):
+            # Zeros that the graph can foresee become a constant of it, which
+            # keeps their memory for good and is copied by the next `add`
+            # (2.21).
+            zeros = tf.raw_ops.Empty(
+                shape=total.shape, dtype=total.dtype, init=True
+            )
+        _assign(total, zeros)
+
+    def release(self, total: tf.Variable) -> list[tf.Operation]:
+        # Whose shape a graph does not know: it would insist on the variable's.
+        nothing = tf.raw_ops.PlaceholderWithDefault(
+            input=tf.zeros([0], total.dtype), shape=tf.TensorShape(None)
+        )
+        return _assign(total, nothing)
+
+    def gradients_of(
+        self, loss: Callable[[], Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        with tf.GradientTape() as tape:
+            value = loss()
+        gradients = tape.gradient(value, [_resource(v) for v in variables])
+        return [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+
+    def dense(self, gradient: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(gradient)
+
+    def all_finite(self, gradients: Sequence[Any]) -> tf.Tensor:
+        values = [_values(g) for g in gradients if g is not None]
+        finite = [tf.reduce_all(tf.math.is_finite(v)) for v in values]
+        return tf.reduce_all(tf.stack(finite))
+
+    def zero_unless(self, where: Any, gradients: Sequence[Any]) -> list[Any]:
+        def chosen(gradient: Any) -> Any:
+            if gradient is None:
+                return None
+            values = _values(gradient)
+            values = tf.where(where, values, tf.zeros_like(values))
+            if isinstance(gradient, tf.IndexedSlices):
+                return tf.IndexedSlices(values, gradient.indices)
+            return values
+
+        return [chosen(gradient) for gradient in gradients]
+
+    def is_eager(self) -> bool:
+        return tf.executing_eagerly()
+
+    @contextlib.contextmanager
+    def making_variables_outside(self) -> Iterator[None]:
+        def make(make_inside: Any, **options: Any) -> tf.Variable:
+            # A tensor is one of the trace.
+            if self.is_eager() or not callable(options["initial_value"]):
+                return make_inside(**options)
+            # For one replica: it is their strategy that asks for each one's.
+            with tf.init_scope():
+                device = tf.zeros(()).device
+
+            def run() -> tf.Variable:
+                with tf.device(device):
+                    return tf.Variable(**options)
+
+            return in_a_thread(run)
+
+        with tf.variable_creator_scope(make):
+            yield
+
+    def after(self, data: Any) -> AbstractContextManager[None]:
+        if self.is_eager():
+            return contextlib.nullcontext()
+        flat = tf.nest.flatten(data, expand_composites=True)
+        return tf.control_dependencies([t for t in flat if tf.is_tensor(t)])
+
+    def positive(
+        self, total: Any, message: str
+    ) -> AbstractContextManager[None]:
+        if self.is_eager():
+            if not int(total) > 0:
+                raise RuntimeError(message)
+            return contextlib.nullcontext()
+        # `tf.debugging.Assert` is a conditional.
+        checked = tf.raw_ops.Assert(condition=total > 0, data=[message])
+        return tf.control_dependencies([] if checked is None else [checked])
+
+    def knows_shapes(self) -> bool:
+        return self.is_eager()
+
+    def trace(self) -> Any:
+        return None if self.is_eager() else tf.compat.v1.get_default_graph()
+
+    def is_traced_in(self, outer: Any) -> bool:
+        return self.trace() is outer
+
+
+def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
+    if isinstance(gradient, tf.IndexedSlices):
+        values = weight * tf.cast(gradient.values, total.dtype)
+        tf.raw_ops.ResourceScatterAdd(
+            resource=total.handle, indices=gradient.indices, updates=values
+        )
+    else:
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=total.handle,
+            alpha=-weight,
+            delta=tf.cast(gradient, total.dtype),
+        )
+
+
+def _is_small(total: tf.Variable) -> bool:
+    """Whether memory is less than the operations that would save it."""
+    return bool(total.shape.num_elements() < 2**16)
+
+
+def _assign(total: tf.Variable, value: tf.Tensor) -> list[tf.Operation]:
+    # `Variable.assign` insists on the shape. A variable's handle outlives its
+    # value, so what was compiled with an emptied sum stays valid.
+    assigned = [
+        tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+        for handle in handles(total)
+    ]
+    return [operation for operation in assigned if operation is not None]
+
+
+def _values(gradient: Any) -> Any:
+    is_sparse = isinstance(gradient, tf.IndexedSlices)
+    return gradient.values if is_sparse else gradient
+
+
+def _resource(variable: Any) -> Any:
+    is_keras = isinstance(variable, keras.Variable)
+    return variable.value if is_keras else variable

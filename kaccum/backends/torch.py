@@ -1,0 +1,172 @@
+"""On PyTorch a step runs as it is: nothing is traced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+
+from kaccum.backends import arrays
+from kaccum.backends.base import Backend
+from kaccum.backends.runner import AssigningRunner, Ran
+
+
+class TorchBackend(Backend):
+    """Sums are tensors."""
+
+    def new_sum(
+        self, shape: Any, dtype: str, beside: Any = None
+    ) -> torch.Tensor:
+        zeros = keras.ops.zeros(tuple(shape), dtype)
+        if beside is not None:
+            return zeros.to(beside.value.device)
+        # The host asks for counts.
+        return zeros.to("cpu") if dtype == "int32" else zeros
+
+    def value_of(self, total: torch.Tensor) -> torch.Tensor:
+        return total.clone()
+
+    def take(self, total: torch.Tensor) -> torch.Tensor:
+        return total
+
+    def increase(self, total: torch.Tensor, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().to(total.device, total.dtype)
+        total += value
+
+    def assign(self, total: torch.Tensor, value: Any) -> None:
+        total.copy_(value.detach())
+
+    @torch.no_grad()
+    def add_weighted(
+        self,
+        sums: Sequence[torch.Tensor],
+        gradients: Sequence[Any],
+        weight: Any,
+    ) -> None:
+        if not sums:
+            return
+        dtyped = [g.to(total.dtype) for g, total in zip(gradients, sums)]
+        if isinstance(weight, torch.Tensor):
+            # Its number would have to come from the device.
+            dtyped = torch._foreach_mul(dtyped, weight.detach())
+            torch._foreach_add_(sums, dtyped)
+        else:
+            torch._foreach_add_(sums, dtyped, alpha=weight)
+
+    def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
+        for dtype in {tensor.dtype for tensor in tensors}:
+            share = torch.where(by == 0, 0, 1 / by.to(dtype))
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            torch._foreach_mul_(alike, share)
+        return list(tensors)
+
+    def empty(self, total: torch.Tensor, after: Any = None) -> None:
+        total.untyped_storage().resize_(total.numel() * total.element_size())
+        # Overwritten, not multiplied: it may hold a NaN.
+        total.zero_()
+
+    def release(self, total: torch.Tensor) -> None:
+        total.untyped_storage().resize_(0)
+
+    @torch.enable_grad()
+    def gradients_of(
+        self, loss: Callable[[], Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        values = [variable.value for variable in variables]
+        return list(torch.autograd.grad(loss(), values, allow_unused=True))
+
+    def held(self, gradients: Sequence[Any]) -> Sequence[Any]:
+        # The next `backward` adds to them in place.
+        return [g if g is None else g.clone() for g in gradients]
+
+    def is_eager(self) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def positive(self, total: Any, message: str) -> Iterator[None]:
+        if not int(total) > 0:
+            raise RuntimeError(message)
+        yield
+
+    def devices(self, count: int) -> Any:
+        raise RuntimeError(
+            "Models train on one device where Keras runs on torch. Received: "
+            f"{count} replicas."
+        )
+
+    def examples_in(self, batch: Any) -> list[int]:
+        return [arrays.examples_in(batch)]
+
+    def cut(
+        self, batch: Any, sizes: list[list[int]], model: keras.Model
+    ) -> Iterator[Any]:
+        start = 0
+        for (size,) in sizes:
+            yield arrays.part_of(batch, start, start + size)
+            start += size
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        # The processor's allocator has no error of its own (PyTorch 2.13).
+        is_of_torch = isinstance(error, RuntimeError)
+        return is_of_torch and "DefaultCPUAllocator" in str(error)
+
+    def out_of_memory(
+        self, error: BaseException, sentence: str
+    ) -> BaseException:
+        return torch.OutOfMemoryError(f"{error}\n{sentence}")
+
+    def runner(self, model: keras.Model, step: Any) -> TorchRunner:
+        return TorchRunner(model, step, self)
+
+    def use_full_precision(self) -> None:
+        torch.set_float32_matmul_precision("highest")
+
+    def device_name(self) -> str:
+        device = str(keras.ops.zeros(()).device.type)
+        return device if device != "cpu" else "CPU (not run on a GPU)"
+
+
+class TorchRunner(AssigningRunner):
+    """Runs a training step eagerly."""
+
+    def restore(self) -> None:
+        # They hold memory.
+        self.model.zero_grad()
+        super().restore()
+
+    def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
+        logs, ran, updates = None, 0, 0
+        # Once for all of them: an update is not a step.
+        place = contextlib.nullcontext() if is_plain else self._step.overheard()
+        with place:
+            for is_last, batch in zip(closes, batches):
+                if is_plain:
+                    logs, made = self._plain([batch]), 1
+                else:
+                    logs = self._add(batch)
+                    made = self.update() if is_last else 0
+                ran, updates = ran + 1, updates + made
+        if ran == 0:
+            raise StopIteration
+        return Ran(logs, ran, updates)
+
+    @torch.no_grad()
+    def _run_update(self) -> None:
+        self._step.update()
+        self._step.empty()
+
+    def _copy(self, variable: Any) -> torch.Tensor:
+        return variable.value.detach().clone()
+
+    @torch.no_grad()
+    def _restore(self, variable: Any, before: torch.Tensor) -> None:
+        variable.value.copy_(before)
+
+
+BACKEND = TorchBackend()

@@ -1,0 +1,180 @@
+"""Trains on a batch in micro-batches, in smaller ones when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kaccum.backends import Runner, backend
+from kaccum.checks import checked_integer, received
+
+AUTO = "auto"
+
+
+class MicroBatchSize:
+    """The largest number of examples that a micro-batch may have.
+
+    Args:
+        size: int >= 1; or "auto": as many as the batch has, half as many after
+            each `halve`.
+
+    Raises:
+        TypeError, ValueError: If `size` is neither.
+    """
+
+    def __init__(self, size: int | str) -> None:
+        rule = f"`micro_batch_size` must be an integer >= 1 or {AUTO!r}."
+        got = received("micro_batch_size", size)
+        if isinstance(size, str) and size != AUTO:
+            raise ValueError(f"{rule} {got}")
+        self.is_auto = size == AUTO
+        self._most: int | None = None
+        if not self.is_auto:
+            self._most = checked_integer(size, rule, got)
+        self._found: int | None = None
+
+    @property
+    def size(self) -> int | str:
+        """int, or "auto" as long as no batch went through."""
+        known = self._found if self.is_auto else self._most
+        return AUTO if known is None else known
+
+    def parts_of(self, examples: list[int]) -> list[list[int]]:
+        """The sizes of the micro-batches of a batch, the larger ones first.
+
+        They are as few as possible, then as equal as possible.
+
+        Args:
+            examples: How many the batch has, for each replica.
+
+        Returns:
+            For each micro-batch how many it has, for each replica.
+        """
+        largest = max(examples)
+        count = 1 if self._most is None else -(-largest // self._most)
+        count = max(count, 1)
+        by_replica = []
+        for each in examples:
+            size, larger = divmod(each, count)
+            by_replica.append([size + 1] * larger + [size] * (count - larger))
+        return [list(sizes) for sizes in zip(*by_replica)]
+
+    def halve(self, failed: int) -> bool:
+        """Asks for less from now on.
+
+        Args:
+            failed: The number of examples that was too large.
+
+        Returns:
+            Whether less is possible.
+        """
+        self._found = None
+        self._most = max(1, -(-failed // 2))
+        return failed > 1
+
+    def fits(self, largest: int) -> bool:
+        """Says that a micro-batch went through.
+
+        Args:
+            largest: Its number of examples.
+
+        Returns:
+            Whether it is the first one, also since the last `halve`.
+        """
+        is_first = self._found is None
+        self._found = max(largest, self._found or 0)
+        return is_first
+
+    def forget(self) -> None:
+        """Starts anew: what fits one model may not fit another."""
+        if self.is_auto:
+            self._most = self._found = None
+
+
+def train_in_parts(
+    batch: Any,
+    size: MicroBatchSize,
+    runner: Runner,
+    train: Callable[[Iterator[Any], int], Any],
+) -> Any:
+    """Trains on a batch of `fit`, cut into micro-batches.
+
+    Args:
+        batch: What Keras gives a `train_step`.
+        size: Says how to cut. When memory runs out and it may halve, all that
+            the attempt changed is taken back and *the same batch* cut again.
+        runner: What the attempts run on.
+        train: Function of the micro-batches, an iterator, and how many they
+            are, that runs training steps on them. It must make no update.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        ValueError: If the batch cannot be cut.
+        Exception: Of the framework's kind for that, if a single example is too
+            large.
+    """
+    examples = backend().examples_in(batch)
+    if not size.is_auto:
+        parts = size.parts_of(examples)
+        return train(backend().cut(batch, parts, runner.model), len(parts))
+    runner.remember()
+    try:
+        return _train_in_parts_that_fit(batch, examples, size, runner, train)
+    finally:
+        runner.forget()
+
+
+def _train_in_parts_that_fit(
+    batch: Any,
+    examples: list[int],
+    size: MicroBatchSize,
+    runner: Runner,
+    train: Callable[[Iterator[Any], int], Any],
+) -> Any:
+    already = sys.exc_info()[1]
+    while True:
+        parts = size.parts_of(examples)
+        try:
+            micro_batches = backend().cut(batch, parts, runner.model)
+            result = train(micro_batches, len(parts))
+            runner.wait()
+        except Exception as error:
+            origin = _out_of_memory(error, already)
+            if origin is None:
+                raise
+            runner.restore()
+            if not size.halve(max(parts[0])):
+                raise backend().out_of_memory(origin, _TOO_LARGE) from error
+        else:
+            if size.fits(max(parts[0])):
+                print(_FOUND.format(size.size), flush=True)
+            return result
+        # The frames of the failed attempt may hold its tensors in a cycle.
+        gc.collect()
+
+
+def _out_of_memory(
+    error: BaseException | None, already: BaseException | None
+) -> BaseException | None:
+    """The error that says so, if one is the origin of `error`.
+
+    Args:
+        error: What was raised. Keras wraps what a layer raises, `from None`.
+        already: What was handled before, which has nothing to do with it.
+    """
+    while error is not None and error is not already:
+        if backend().is_out_of_memory(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_FOUND = 'micro_batch_size="auto": micro-batches of {} examples fit in memory.'
+_TOO_LARGE = (
+    "A single example does not fit in memory, so that no smaller micro-batch "
+    "is left to try."
+)

@@ -1,0 +1,300 @@
+"""Takes a model's training step over, and gives it back."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from kaccum import callers
+from kaccum.backends import backend
+from kaccum.fit.micro_batches import MicroBatchSize, train_in_parts
+from kaccum.fit.window import Window
+from kaccum.patches import Patch
+from kaccum.step.hooks import replacing
+from kaccum.step.recording import SKIPPED, current
+from kaccum.step.training_step import TrainingStep
+
+
+class Session:
+    """A model whose gradients are accumulated.
+
+    Args:
+        model: A compiled `keras.Model` whose `train_function` is made.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._optimizer = model.optimizer
+        self._runners: dict[bool, Any] = {}
+        self._runner: Any = None
+        self._begin(Window(1), is_for_fit=True)
+        self._get_plain_metrics = model.get_metrics_result
+        self._make_plain = model.make_train_function
+        # The first one notices the model's next use, so it comes first and
+        # goes last: an interruption in between is noticed as well.
+        self._patches = [
+            _replacing(model, "make_train_function", self._make_train_function),
+            _replacing(model, "get_metrics_result", self._get_metrics_result),
+            _replacing(model, "train_function", self._run_train_function),
+        ]
+        self._train_function = self._patches[-1]
+
+    @classmethod
+    def of(cls, model: keras.Model) -> Session:
+        """The session of a model as it is compiled now.
+
+        It is kept on the train function that it stands in for, so that a second
+        fit compiles nothing anew and a recompiled model does.
+        """
+        plain = model.train_function
+        kept = getattr(plain, "kaccum_session", None)
+        if (
+            isinstance(kept, Session)
+            and kept._model is model
+            and kept._optimizer is model.optimizer
+        ):
+            return kept
+        session = cls(model)
+        session._keep()
+        return session
+
+    @classmethod
+    def installed_on(cls, model: keras.Model) -> Session | None:
+        """The session that has taken a model over, if one has."""
+        hook = vars(model).get("make_train_function")
+        session = getattr(hook, "__self__", None)
+        return session if isinstance(session, cls) else None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the model is taken over."""
+        return any(patch.is_installed for patch in self._patches)
+
+    @property
+    def skipped(self) -> int:
+        """The number of micro-batches left out since `take_over`."""
+        now = self._step.skipped if self._step.skips else 0
+        return self._skipped_before + now
+
+    def take_over(
+        self,
+        window: Window,
+        *,
+        is_for_fit: bool,
+        size: MicroBatchSize | None = None,
+        skip_nonfinite: bool = False,
+        on_update: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Makes the model's next training steps accumulate.
+
+        Args:
+            window: Says when to update, empty.
+            is_for_fit: Whether it lasts for the running `fit` only.
+            size: Makes each batch a window, cut into micro-batches of this
+                many examples at most. `window` is not asked.
+            skip_nonfinite: Whether to leave out micro-batches with a NaN or
+                infinite gradient.
+            on_update: Called with the number of updates after each one.
+        """
+        self._begin(window, is_for_fit, size, on_update)
+        self._use_runner(skip_nonfinite)
+        for patch in self._patches:
+            patch.install()
+
+    def begin_epoch(self, steps: int) -> None:
+        """Starts an empty window of `steps` micro-batches."""
+        self._window.steps = steps
+        self._window.reset()
+        self._skipped_before = self.skipped
+        self._step.count_skipped_from(0)
+
+    def give_back(self) -> None:
+        """Leaves the model as if it had never been taken over."""
+        for patch in reversed(self._patches):
+            patch.remove()
+        if self._runner is not None:
+            self._runner.stop()
+
+    def close_window(self) -> None:
+        """Updates from a short window, if one is open."""
+        if self._window.is_open:
+            self._window.reset()
+            self._update()
+
+    def _begin(
+        self,
+        window: Window,
+        is_for_fit: bool,
+        size: MicroBatchSize | None = None,
+        on_update: Callable[[int], Any] | None = None,
+    ) -> None:
+        self._window = window
+        self._size = size
+        self._is_for_fit = is_for_fit
+        self._on_update = on_update
+        self._updates = 0
+        self._skipped_before = 0
+
+    def _use_runner(self, skip_nonfinite: bool) -> None:
+        if skip_nonfinite not in self._runners:
+            with backend().scope_of(self._model):
+                step = TrainingStep(self._model, skip_nonfinite=skip_nonfinite)
+            made = backend().runner(self._model, step)
+            self._runners[skip_nonfinite] = (made, step)
+        self._runner, self._step = self._runners[skip_nonfinite]
+        self._runner.start()
+
+    def _keep(self) -> None:
+        plain = self._model.train_function
+        if inspect.isfunction(plain):
+            vars(plain)["kaccum_session"] = self
+
+    def _run_train_function(self, *arguments: Any) -> Any:
+        return self._runner.called(self._run_next, *arguments)
+
+    def _run_next(self, iterator: Any) -> Any:
+        count = self._model.steps_per_execution
+        with self._recovering():
+            if self._size is not None:
+                return self._run_batches(iterator, count, self._size)
+            return self._run(iterator, self._window.closes(count))
+
+    def _run(self, iterator: Any, closes: list[bool]) -> Any:
+        is_plain = is_plain_fit(self._model, self._window.steps)
+        is_plain = is_plain and not self._step.skips
+        ran = self._runner.run(iterator, closes, is_plain=is_plain)
+        self._window.advance(ran.micro_batches)
+        self._report(ran.updates)
+        return ran.logs
+
+    def _run_batches(
+        self, iterator: Any, count: int, size: MicroBatchSize
+    ) -> Any:
+        """Makes each of the next `count` batches a window."""
+        logs = None
+        for batch in itertools.islice(iterator, count):
+            logs = train_in_parts(batch, size, self._runner, self._add_parts)
+            self._update()
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
+        # Until the update, which comes afterwards, no weight changes.
+        closes = [False] * count
+        return self._runner.run(micro_batches, closes, is_plain=False).logs
+
+    def _update(self) -> None:
+        with self._recovering():
+            self._report(self._runner.update())
+
+    def _report(self, updates: int) -> None:
+        for _ in range(updates):
+            self._updates += 1
+            if self._on_update is not None:
+                self._runner.told(self._on_update, self._updates)
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Forgets the window after an error: what it added is not known."""
+        try:
+            yield
+        except self._runner.end_of_data:
+            raise
+        except BaseException:
+            if self._is_for_fit:
+                # `fit` ends here, without `on_train_end`.
+                self.give_back()
+            else:
+                self._window.reset()
+                self._step.empty()
+            raise
+
+    def _get_metrics_result(self) -> Any:
+        recording = current()
+        if recording is not None:
+            return recording.on_metrics(self._get_plain_metrics)
+        # The one call between an epoch's last batch and validation.
+        if not callers.is_asked_by("fit", self._model):
+            return self._get_plain_metrics()
+        self.close_window()
+        logs = self._get_plain_metrics()
+        if self._step.skips:
+            logs = {**logs, SKIPPED: self._step.skipped}
+        return logs
+
+    def _make_train_function(self, force: bool = False) -> Any:
+        if not self._is_for_fit:
+            if callers.is_asked_by("fit", self._model):
+                raise RuntimeError(_FIT_INSIDE)
+        elif callers.is_fit_inside_fit(self._model):
+            raise RuntimeError(_FIT_INSIDE_FIT)
+        elif not callers.is_inside_fit(self._model):
+            # A new `fit` or `train_on_batch`: ours ended without
+            # `on_train_end`.
+            self.give_back()
+            return self._make_plain(force=force)
+        elif callers.is_asked_by("train_on_batch", self._model):
+            return self._lend_plain_function(force)
+        if force or not self._train_function.is_installed:
+            self._start_anew()
+        return self._model.train_function
+
+    def _start_anew(self) -> None:
+        """Compiles again, as a model that was changed asks for."""
+        self.close_window()
+        self._skipped_before = self.skipped
+        skips = self._step.skips
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._make_plain(force=True)
+        self._optimizer = self._model.optimizer
+        self._runners.clear()
+        self._keep()
+        self._use_runner(skips)
+        for patch in self._patches:
+            patch.install()
+
+    def _lend_plain_function(self, force: bool) -> Any:
+        """Gives the plain train function to a callback for a single call."""
+        self._train_function.remove()
+        self._make_plain(force=force)
+        plain = self._model.train_function
+
+        def run_once(*arguments: Any) -> Any:
+            self._model.train_function = plain
+            self._train_function.install()
+            return plain(*arguments)
+
+        self._model.train_function = run_once
+        return run_once
+
+
+def _replacing(model: keras.Model, name: str, method: Any) -> Patch:
+    return replacing("the model", name, model, lambda original: method)
+
+
+def is_plain_fit(model: keras.Model, steps: int) -> bool:
+    """Whether Keras's own training step makes the update of a window.
+
+    That of several replicas is not the large batch's (Keras 3.15): it takes the
+    mean of their means, and clips each one's share.
+    """
+    return steps == 1 and backend().replicas_of(model) == 1
+
+
+_FIT_INSIDE = (
+    "`fit` must not be called on a model inside its `accumulate`. Received: a "
+    "`fit`. Pass it a `GradientAccumulationCallback` instead, outside of the "
+    "`with` block."
+)
+_FIT_INSIDE_FIT = (
+    "`fit` must not be called on a model inside its own `fit` while gradients "
+    "accumulate. Received: a `fit` from a callback, say. Call `train_on_batch`,"
+    " or `fit` another model with the same layers."
+)

@@ -1,0 +1,1 @@
+"""What a micro-batch does: its training step, overheard."""

@@ -1,0 +1,212 @@
+"""Everything of Keras and JAX that is replaced: why, and for how long.
+
+`HOOKS` is the table. Nothing is replaced that has no row of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from kaccum.backends import backend
+from kaccum.checks import with_inner
+from kaccum.patches import Patch
+from kaccum.step.recording import Recording, current
+from kaccum.step.weights import loss_module
+
+FIT = "from `on_train_begin` to the end of the fit"
+MAKING = "while Keras makes a train function"
+STEP = "while a training step runs, or is traced"
+UPDATE = "while several replicas make an update"
+ORACLE = "during a fit of `kaccum.testing.fit_large`"
+
+
+class Hook(NamedTuple):
+    """A row of the table.
+
+    Args:
+        owner: Whose attribute is replaced, in words.
+        attribute: Its name.
+        lasts: For how long.
+        since: The oldest Keras that has it (kaccum needs a newer one).
+        why: What for.
+        owners: For a `STEP`, function of the model that returns the owners.
+        heard: For a `STEP`, what is called instead: a function of the
+            recording, of what stood there, and of the call's arguments.
+        also_inside: Whether it also hears what a user's own step traces by
+            itself (`tf.function`, `jax.jit`), of which nothing can be kept.
+    """
+
+    owner: str
+    attribute: str
+    lasts: str
+    since: str
+    why: str
+    owners: Callable[[keras.Model], Sequence[Any]] = lambda model: []
+    heard: Callable[..., Any] = lambda recording, original: original
+    also_inside: bool = False
+
+
+def _optimizer(model: keras.Model) -> Sequence[Any]:
+    return [model.optimizer]
+
+
+def _compiled_loss(model: keras.Model) -> Sequence[Any]:
+    # `model.loss` is what the user passed; the object that calls it has no
+    # public name (Keras 3.0 to 3.15).
+    return [] if model._compile_loss is None else [model._compile_loss]
+
+
+def _differentiating(model: keras.Model) -> Sequence[Any]:
+    return backend().differentiating()
+
+
+def _always(owner: Any) -> Callable[[keras.Model], Sequence[Any]]:
+    return lambda model: [owner]
+
+
+# The class that makes every optimizer's updates.
+_any_optimizer = _always(
+    next(k for k in keras.optimizers.Optimizer.__mro__ if "apply" in vars(k))
+)
+_losses = _always(loss_module)
+
+_UPDATES = "an optimizer that makes an update"
+
+# fmt: off
+HOOKS = (
+    Hook("the model", "train_function", FIT, "3.0",
+         "`fit` runs one step after the other by it."),
+    Hook("the model", "make_train_function", FIT, "3.0",
+         "The next `fit` calls it first: one that was interrupted ends there."),
+    Hook("the model", "get_metrics_result", FIT, "3.0",
+         "`fit` calls it between an epoch's last batch and validation: a short "
+         "window is applied. In a step it tells which logs are the metrics'."),
+    Hook("the model", "train_step", MAKING, "3.0",
+         "Keras compiles and distributes what stands there (TensorFlow)."),
+    Hook("the model's optimizer", "apply", STEP, "3.0",
+         "The gradients go into the sums.",
+         _optimizer, Recording.on_apply, also_inside=True),
+    Hook("the model's optimizer", "apply_gradients", STEP, "3.0",
+         "The same, where a step calls this.",
+         _optimizer, Recording.on_apply_gradients, also_inside=True),
+    Hook("the model's optimizer", "stateless_apply", STEP, "3.0",
+         "The same, in steps of JAX.",
+         _optimizer, Recording.on_stateless_apply, also_inside=True),
+    Hook("the model's optimizer", "scale_loss", STEP, "3.0",
+         "Terms of the loss that have no data are scaled as the loss is.",
+         _optimizer, Recording.on_scale_loss, also_inside=True),
+    Hook("keras.optimizers.Optimizer", "apply", STEP, "3.0",
+         "Updates by another optimizer are refused.",
+         _any_optimizer, Recording.on_other_update, also_inside=True),
+    Hook("the compiled loss", "call", STEP, "3.0",
+         "Of what is reduced, only the losses of `compile` count.",
+         _compiled_loss, Recording.on_compiled_loss),
+    Hook("keras.losses.Loss", "__call__", STEP, "3.0",
+         "A loss may call others: what those divide by is their business.",
+         _always(keras.losses.Loss), Recording.on_loss),
+    Hook("keras.src.losses.loss", "reduce_weighted_values", STEP, "3.0",
+         "The denominator of a loss is the weight of its micro-batch.",
+         _losses, Recording.on_reduction),
+    Hook("keras.src.losses.loss", "scale_loss_for_distribution", STEP, "3.8",
+         "A replica's loss is that of its own micro-batch, not divided by "
+         "their number.",
+         _losses, Recording.on_scaling_for_replicas, also_inside=True),
+    Hook("keras.src.losses.loss", "unscale_loss_for_distribution", STEP, "3.8",
+         "The same, the other way round.",
+         _losses, Recording.on_scaling_for_replicas, also_inside=True),
+    Hook("keras.metrics.Mean", "update_state", STEP, "3.0",
+         "One number a batch becomes one number a window.",
+         _always(keras.metrics.Mean), Recording.on_mean),
+    Hook("keras.layers.BatchNormalization", "_moments", STEP, "3.0",
+         "Moving statistics advance once an update.",
+         _always(keras.layers.BatchNormalization), Recording.on_moments),
+    Hook("keras.Variable", "assign", STEP, "3.0",
+         "What a step assigns can be taken back.",
+         _always(keras.Variable), Recording.on_assign, also_inside=True),
+    Hook("jax", "value_and_grad", STEP, "3.0",
+         "What is heard while a gradient is taken leaves it, as auxiliary "
+         "output.",
+         _differentiating, Recording.on_value_and_grad),
+    Hook("jax", "grad", STEP, "3.0",
+         "The same, where a step calls this.",
+         _differentiating, Recording.on_grad),
+    Hook(_UPDATES, "_all_reduce_sum_gradients", UPDATE, "3.2",
+         "Each replica has the whole gradient, which would be summed again."),
+    Hook(_UPDATES, "_overwrite_model_variables_with_average_value", UPDATE,
+         "3.0",
+         "Keras has replicas wait for each other in a conditional, which "
+         "TensorFlow 2.21 refuses."),
+    Hook("the oracle's optimizer", "apply", ORACLE, "3.0",
+         "Keras squares repeated rows of a sparse gradient wrongly (3.15): the "
+         "oracle's gradients are dense."),
+)
+# fmt: on
+
+
+def replacing(
+    owner: str, attribute: str, instance: Any, stand_in: Callable[[Any], Any]
+) -> Patch:
+    """A patch of what the table lists.
+
+    Args:
+        owner: As of `Hook`.
+        attribute: As of `Hook`.
+        instance: The owner.
+        stand_in: As of `Patch`.
+
+    Raises:
+        LookupError: If there is no such row.
+    """
+    if not any((owner, attribute) == hook[:2] for hook in HOOKS):
+        raise LookupError(f"HOOKS has no row of {owner}, {attribute}.")
+    return Patch(instance, attribute, stand_in)
+
+
+@contextlib.contextmanager
+def overhearing(model: keras.Model) -> Iterator[None]:
+    """Has all that a step of `model` does be heard by the `current` recording.
+
+    To be entered around a whole call, not inside of the step: replicas are
+    threads.
+    """
+    with contextlib.ExitStack() as stack:
+        for hook in HOOKS:
+            for owner in hook.owners(model):
+                is_shared = isinstance(owner, (type, types.ModuleType))
+                patch = _shared_patch_of if is_shared else _patch_of
+                stack.enter_context(patch(hook, owner))
+        yield
+
+
+def whole_gradients(optimizer: keras.optimizers.Optimizer) -> list[Patch]:
+    """For updates of optimizers that get the gradients of all replicas."""
+    return [
+        replacing(_UPDATES, name, each, lambda _, m=method: m)
+        for each in with_inner(optimizer)
+        for name, method in backend().of_whole_gradients(each).items()
+    ]
+
+
+def _patch_of(hook: Hook, owner: Any) -> Patch:
+    def stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
+        def tell(*args: Any, **kwargs: Any) -> Any:
+            recording = current()
+            if recording is None:
+                return original(*args, **kwargs)
+            if recording.is_here or hook.also_inside:
+                return hook.heard(recording, original, *args, **kwargs)
+            return original(*args, **kwargs)
+
+        return tell
+
+    return Patch(owner, hook.attribute, stand_in)
+
+
+# One for all models.
+_shared_patch_of = functools.cache(_patch_of)

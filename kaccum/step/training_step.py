@@ -1,0 +1,183 @@
+"""What a model's training step becomes, and the update that ends a window.
+
+Knows no framework, and not when a window closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from kaccum.backends import backend
+from kaccum.patches import patched
+from kaccum.step import hooks
+from kaccum.step.recording import Recording
+from kaccum.sums.moments import warn_about
+from kaccum.sums.open_window import Sums
+
+
+class TrainingStep:
+    """A model's training step whose optimizer adds to sums.
+
+    Args:
+        model: A compiled `keras.Model`.
+        skip_nonfinite: Whether a micro-batch with a NaN or infinite gradient
+            is left out.
+    """
+
+    def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
+        self.model = model
+        self.optimizer = model.optimizer
+        self.skips = skip_nonfinite
+        kind = type(model)
+        #: Whether the step is Keras's own.
+        self.is_keras_step = kind.train_step is keras.Model.train_step
+        #: Whether nothing but Keras makes one loss of those of `compile`.
+        self.adds_losses_up = self.is_keras_step and (
+            kind.compute_loss is keras.Model.compute_loss
+        )
+        self.sums = Sums(self.optimizer)
+        self._whole_gradients = hooks.whole_gradients(self.optimizer)
+        # Those that the sum does not count.
+        self._skipped_before = 0
+        self._skipped_remembered = 0
+        # Variables that steps assign.
+        self._assigned: set[int] = set()
+
+    # A micro-batch.
+
+    @contextlib.contextmanager
+    def overheard(self) -> Iterator[None]:
+        """Around whatever calls `run`, and not inside: replicas are threads."""
+        with hooks.overhearing(self.model), contextlib.ExitStack() as stack:
+            if not self.model.run_eagerly:
+                stack.enter_context(backend().making_variables_outside())
+            yield
+
+    def run(
+        self,
+        data: Any,
+        train_step: Callable[[Any], tuple[Any, dict[int, Any]]],
+        tell_assigned: Callable[[Any], None],
+    ) -> Any:
+        """Runs a training step on a micro-batch, which is added to the sums.
+
+        Args:
+            data: What the model's `train_step` gets.
+            train_step: Function of `data` that returns the logs, and what
+                variables held that it assigned unheard.
+            tell_assigned: Called with each variable that it is about to assign.
+
+        Returns:
+            The logs.
+
+        Raises:
+            RuntimeError: If it applied no gradients.
+        """
+        # With a data set of unknown length, the call that finds it exhausted
+        # still runs all that does not depend on the batch (TensorFlow 2.21):
+        # it would count a micro-batch.
+        with backend().after(data):
+            recording = Recording(self, data, tell_assigned)
+            with recording.running():
+                logs, assigned = train_step(data)
+            recording.assigned.update(assigned)
+            self._check_applied(recording)
+            return recording.commit(logs)
+
+    def instead_of(
+        self, train_step: Callable[[Any], Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """A context in which `train_step` is that of the model."""
+        patch = hooks.replacing(
+            "the model", "train_step", self.model, lambda original: train_step
+        )
+        return patched([patch])
+
+    @property
+    def regularized(self) -> list[Any]:
+        """The weights that have a regularizer."""
+        variables = self.model.trainable_variables
+        return [v for v in variables if v.regularizer is not None]
+
+    def warn_about(self, variable: Any) -> None:
+        """Says of an assigned variable if it was to wait for the update."""
+        if variable.trainable or id(variable) in self._assigned:
+            return
+        self._assigned.add(id(variable))
+        # `model.layers` has the outermost only (Keras 3.5 to 3.15).
+        for layer in self.model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                if variable is layer.moving_mean:
+                    warn_about(layer)
+
+    def check_heard(self) -> None:
+        """Checks that there was no reduction to hear of in the loss.
+
+        Raises:
+            RuntimeError: If Keras reduced one elsewhere.
+        """
+        losses = getattr(self.model._compile_loss, "_flat_losses", None) or []
+        own = keras.losses.Loss.__call__
+        if any(type(each.loss).__call__ is own for each in losses):
+            raise RuntimeError(
+                "Losses must be reduced by Keras's `reduce_weighted_values`, "
+                "where kaccum hears what they divide by, for a micro-batch to "
+                "have its exact weight. Received: one that Keras "
+                f"{keras.__version__} reduced elsewhere. Use a version of "
+                "Keras that the documentation of kaccum names."
+            )
+
+    # The open window.
+
+    @property
+    def version(self) -> int:
+        """What `update` depends on, if it is compiled."""
+        return len(self.sums.all)
+
+    def update(self) -> None:
+        """Makes the update of the open window, on each replica.
+
+        The sums are to be emptied next.
+        """
+        releases = self._releases and not self.model.jit_compile
+        with patched(self._whole_gradients if self._has_replicas else []):
+            self.sums.close(releases=releases)
+
+    def empty(self) -> None:
+        """Makes the sums of the window zero. XLA must not compile that."""
+        self.sums.empty(releases=self._releases)
+
+    @property
+    def _has_replicas(self) -> bool:
+        return backend().replicas() > 1
+
+    @property
+    def _releases(self) -> bool:
+        # Replicas copy their sums, for the all-reduce.
+        return not self._has_replicas
+
+    # The micro-batches that were left out.
+
+    @property
+    def skipped(self) -> int:
+        """How many were since `count_skipped_from`."""
+        return self._skipped_before + int(self.sums.skipped)
+
+    def count_skipped_from(self, number: int) -> None:
+        """Counts on from a number."""
+        self.sums.empty_skipped()
+        self._skipped_before = number
+
+    def _check_applied(self, recording: Recording) -> None:
+        if not recording.applied and self.model.trainable_variables:
+            raise RuntimeError(
+                "The model's `train_step` must update its weights by "
+                "`self.optimizer.apply_gradients` or `self.optimizer.apply`: "
+                "there is nothing to accumulate. Received: a `train_step` of "
+                f"{type(self.model).__name__} that called neither (inside a "
+                "`tf.function` of its own they are not seen)."
+            )

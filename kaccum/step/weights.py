@@ -1,0 +1,157 @@
+"""The weight of a micro-batch: the denominator of its own mean loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+# Where a loss is reduced to a number: the only place that sees the per-example
+# values, the sample weights and the mask together (Keras 3.5 to 3.15).
+from keras.src.losses import loss as loss_module
+
+# The weight of a micro-batch whose mean is of nothing, say all masked. Its loss
+# still has the terms that do not depend on the data, which a window of such
+# micro-batches must not lose. Beside any other weight it is below rounding.
+OF_NOTHING = 2.0**-40
+
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+class Reduction(NamedTuple):
+    """How a loss became a number.
+
+    Args:
+        kind: "mean", "sum", "none" (a loss without reduction), or "hidden" (a
+            function of the user's own that returns a scalar).
+        denominator: What a mean divided by, a float or a scalar float32 tensor,
+            else `None`.
+    """
+
+    kind: str
+    denominator: Any = None
+
+
+def reduction_of(
+    values: Any, sample_weight: Any, mask: Any, reduction: str | None
+) -> Reduction:
+    """What `keras/src/losses/loss.py` divides the sum of `values` by.
+
+    Args:
+        values: The per-example losses.
+        sample_weight: Their weights, or `None`.
+        mask: Which of them count, or `None`.
+        reduction: That of the loss.
+    """
+    if tuple(values.shape) == ():
+        return Reduction("hidden")
+    if reduction not in MEANS:
+        return Reduction("sum" if reduction == "sum" else "none")
+    denominator = _denominator(values, sample_weight, mask, reduction)
+    if isinstance(denominator, float):
+        return Reduction("mean", denominator or OF_NOTHING)
+    is_nothing = ops.equal(denominator, 0.0)
+    denominator = ops.where(is_nothing, OF_NOTHING, denominator)
+    return Reduction("mean", ops.cast(denominator, "float32"))
+
+
+def weight_of(
+    reductions: Sequence[Reduction], data: Any, *, adds_up: bool
+) -> Any:
+    """The weight of a micro-batch.
+
+    Where a micro-batch's loss is `sum(values) / denominator`, the large batch's
+    loss is the sum of all micro-batches' `sum(values)` over the sum of their
+    denominators, so the denominator is the weight.
+
+    Args:
+        reductions: How the micro-batch's losses became numbers, in order. With
+            several outputs the first one that is not a sum counts.
+        data: The micro-batch. Its number of examples is the weight where the
+            denominator is not known.
+        adds_up: Whether the losses are just added up, as Keras does. What a
+            user's code makes of a loss without reduction is hidden.
+
+    Returns:
+        Float or scalar float32 tensor, or `None` where all losses are sums,
+        which add up undivided.
+
+    Raises:
+        ValueError: If some losses are sums and others means, which no single
+            weight can serve.
+    """
+    sums = ("sum", "none") if adds_up else ("sum",)
+    others = [each for each in reductions if each.kind not in sums]
+    if reductions and not others:
+        return None
+    if len(others) < len(reductions):
+        raise ValueError(
+            "The losses of one model must either all be means or all be sums "
+            "for their gradients to be accumulated exactly. Received: "
+            f"{len(others)} losses with a mean reduction and "
+            f'{len(reductions) - len(others)} with `reduction="sum"`. Use '
+            "one kind of reduction, and `loss_weights` for the balance."
+        )
+    if others and others[0].denominator is not None:
+        return others[0].denominator
+    return examples_in(data)
+
+
+def examples_in(data: Any) -> Any:
+    """The number of examples in a batch of `fit`.
+
+    Args:
+        data: What a `train_step` gets. Its first array that is not a scalar
+            has the examples along its first axis.
+
+    Returns:
+        A float, or a scalar float32 tensor where it is not known beforehand.
+
+    Raises:
+        ValueError: If there is no such array.
+    """
+    for leaf in keras.tree.flatten(data):
+        if leaf is not None and len(leaf.shape) > 0:
+            count = leaf.shape[0]
+            if count is not None:
+                return float(count)
+            return ops.cast(ops.shape(leaf)[0], "float32")
+    raise ValueError(
+        "A batch must hold an array whose first axis is the examples, to "
+        f"count them. Received: {keras.tree.map_structure(type, data)}."
+    )
+
+
+def _denominator(
+    values: Any, sample_weight: Any, mask: Any, reduction: str | None
+) -> Any:
+    if sample_weight is not None:
+        sample_weight = ops.convert_to_tensor(sample_weight, dtype="float32")
+    if reduction == "mean_with_sample_weight":
+        weights = loss_module.apply_mask(
+            sample_weight, mask, dtype="float32", reduction=reduction
+        )
+        return _size(values) if weights is None else ops.sum(weights)
+    if sample_weight is not None:
+        # The weights may be of higher rank than the values they multiply.
+        values, sample_weight = loss_module.squeeze_or_expand_to_same_rank(
+            values, sample_weight
+        )
+        values = ops.cast(values, "float32") * sample_weight
+    size = _size(values)
+    if mask is None:
+        return size
+    # Keras spreads the masked elements' share over the others (`apply_mask`).
+    unmasked = ops.sum(ops.cast(mask, "float32"))
+    return size * unmasked / _size(mask)
+
+
+def _size(tensor: Any) -> Any:
+    """The number of elements, a float if it is known beforehand."""
+    if None not in tuple(tensor.shape):
+        return float(math.prod(tensor.shape))
+    shape = ops.convert_to_tensor(ops.shape(tensor), dtype="int32")
+    return ops.cast(ops.prod(shape), "float32")

@@ -1,0 +1,1 @@
+"""What the open window holds: sums of gradients, log numbers and moments."""

@@ -1,0 +1,111 @@
+"""Entries of the log that are means of one number a batch.
+
+Keras keeps them in `Mean` metrics, which it gives the loss of each batch, that
+of each output, and what a metric function returns if that is a scalar. In a
+window the number is that of all its micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from kaccum.backends import backend
+from kaccum.sums.totals import Totals, chosen
+
+
+class LogNumber(NamedTuple):
+    """A scalar that a `Mean` metric was given.
+
+    Args:
+        metric: The `Mean`.
+        call: Tells apart several numbers of one step for the metric.
+        value: The number.
+        size: Scalar that the metric weights it by, or `None` for 1 a batch.
+        reductions: Of which reductions its weight is: none for the number of
+            examples.
+        has_regularizers: Whether they are part of it.
+    """
+
+    metric: Any
+    call: int
+    value: Any
+    size: Any
+    reductions: slice
+    has_regularizers: bool
+
+
+class LogMean(Totals):
+    """A number of the open window, kept up to date in a `Mean` metric.
+
+    Holds its total, its weight, its size (what the metric weights it by) and
+    the part of it that counts once: scalars of the metric's dtype. Each replica
+    keeps its share of the metric up to date from what it has seen itself; at
+    the end of a window it learns of the others.
+
+    Args:
+        number: The first one.
+        adds_up: Whether the numbers of micro-batches add up.
+    """
+
+    def __init__(self, number: LogNumber, adds_up: bool) -> None:
+        super().__init__([()] * 4, number.metric.dtype)
+        self._metric = number.metric
+        self._adds_up = adds_up
+        self._is_one = number.size is None
+
+    def add(
+        self, number: LogNumber, weight: Any, once: Any, kept: Any
+    ) -> None:
+        """Counts the number of a micro-batch.
+
+        Args:
+            number: The number.
+            weight: Scalar, the micro-batch's weight for it, or `None` where
+                numbers of micro-batches add up.
+            once: Scalar, the part of it that then counts once a window.
+            kept: `True`, or a scalar bool: whether the window keeps it.
+        """
+        metric, dtype = self._metric, self._metric.dtype
+        # After a reset of the metric what went before is not in it any more.
+        old = self.values
+        is_in = ops.cast(ops.greater_equal(metric.count, old[2]), dtype)
+        old = [part * is_in for part in old]
+        value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
+        weight = ops.cast(1.0 if weight is None else weight, dtype)
+        value = value - once if self._adds_up else weight * value
+        size = ops.cast(1.0 if self._is_one else number.size, dtype)
+        size = size if self._is_one else old[2] + size
+        new = [old[0] + value, old[1] + weight, size, once]
+        new = [chosen(kept, *pair) for pair in zip(new, old)]
+        change = self._number(*new) * new[2] - self._number(*old) * old[2]
+        metric.total.assign_add(change)
+        metric.count.assign_add(new[2] - old[2])
+        self.become(new, True)
+
+    def parts(self) -> list[Any]:
+        """What the replicas of a strategy have to add up for an update."""
+        return self.values[:3]
+
+    def close(self, parts: list[Any]) -> None:
+        """Corrects what the metric has by what all replicas saw.
+
+        Args:
+            parts: `parts`, each summed over all replicas.
+        """
+        if backend().replicas() == 1:
+            return
+        total, weight, size = parts
+        _, _, own, once = self.values
+        # Of a window that counts once, each replica counts a share.
+        share = own / ops.maximum(size, 1.0) if self._is_one else own
+        number = self._number(total, weight, size, once)
+        now = self._number(*self.values)
+        self._metric.total.assign_add(number * share - now * own)
+        self._metric.count.assign_add(share - own)
+
+    def _number(self, total: Any, weight: Any, size: Any, once: Any) -> Any:
+        if self._adds_up:
+            return total + once
+        return ops.divide_no_nan(total, weight)

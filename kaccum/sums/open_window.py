@@ -1,0 +1,135 @@
+"""All that the open window holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from kaccum.backends import backend
+from kaccum.sums.gradients import GradientSums
+from kaccum.sums.log_means import LogMean, LogNumber
+from kaccum.sums.moments import LayerMoments, Moments
+
+
+class Sums:
+    """What micro-batches add to, and an update takes out.
+
+    For each call of the optimizer's `apply` in a step (mostly one):
+
+    - the weight of its micro-batches, `()`, float32, and their number, `()`,
+      int32;
+    - for each variable that ever had a gradient, the sum of the weighted ones:
+      of the variable's shape and the gradient's dtype, at least float32.
+
+    For each number that a step gives a `Mean` metric, and that is not a mean
+    over examples: total, weight, size, and the part that counts once, `()`
+    each, of the metric's dtype.
+
+    For each call of a `BatchNormalization` in a step: calls and elements, `()`,
+    mean and variance, `(features,)`, of the statistics' dtype, at least
+    float32.
+
+    For the epoch: how many micro-batches were left out, `()`, int32.
+
+    Each replica has its own, which an update adds up in one all-reduce.
+
+    Args:
+        optimizer: The `keras.optimizers.Optimizer` that makes the updates.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self._optimizer = optimizer
+        #: By the order of the calls.
+        self.gradients: list[GradientSums] = []
+        # By metric, or layer, and call: a step may use one more than once.
+        self._log_means: dict[tuple[int, int], LogMean] = {}
+        self._moments: dict[tuple[int, int], Moments] = {}
+        self._skipped = backend().new_sum((), "int32")
+
+    def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
+        """Those of a call of `apply` in a step, told apart by their order."""
+        if call == len(self.gradients):
+            self.gradients.append(GradientSums(self._optimizer, apply))
+        return self.gradients[call]
+
+    def log_mean(self, number: LogNumber, *, adds_up: bool) -> LogMean:
+        """Those of a number that a step gives a `Mean`, as of `LogMean`."""
+        key = (id(number.metric), number.call)
+        if key not in self._log_means:
+            self._log_means[key] = LogMean(number, adds_up)
+        return self._log_means[key]
+
+    def moments(self, moments: LayerMoments) -> Moments:
+        """Those of a call of a `BatchNormalization` in a step."""
+        key = (id(moments.layer), moments.call)
+        if key not in self._moments:
+            self._moments[key] = Moments(moments.layer)
+        return self._moments[key]
+
+    @property
+    def all(self) -> list[Any]:
+        """Every sum there is."""
+        return [
+            self._skipped,
+            *(total for member in self._members for total in member.sums),
+        ]
+
+    @property
+    def skipped(self) -> Any:
+        """How many micro-batches were left out, a scalar int32."""
+        return backend().value_of(self._skipped)
+
+    def count_skipped(self, is_skipped: Any) -> None:
+        """Counts a micro-batch that is left out where that is true."""
+        backend().increase(self._skipped, ops.cast(is_skipped, "int32"))
+
+    def empty_skipped(self) -> None:
+        """Counts what is left out from now on."""
+        backend().empty(self._skipped)
+
+    def is_empty(self) -> Any:
+        """Whether the window holds no micro-batch: scalar bool."""
+        return ops.equal(sum(each.count for each in self.gradients), 0)
+
+    def close(self, *, releases: bool) -> None:
+        """Makes the update of the open window, on each replica.
+
+        The sums are to be emptied next.
+
+        Args:
+            releases: As of `GradientSums.parts`.
+        """
+        groups = [each.parts(releases=releases) for each in self.gradients]
+        groups += [each.parts() for each in self._others]
+        flat = [tensor for group in groups for tensor in group]
+        parts = iter(backend().sum_over_replicas(flat))
+        summed = [[next(parts) for _ in group] for group in groups]
+        for member, group in zip(self._members, summed):
+            member.close(group)
+
+    def empty(self, *, releases: bool) -> None:
+        """Makes all sums of the window zero. XLA must not compile that.
+
+        Args:
+            releases: As of `GradientSums.empty`.
+        """
+        for each in self.gradients:
+            each.empty(releases=releases)
+        for other in self._others:
+            other.empty()
+
+    def release(self) -> None:
+        """Frees the memory of the gradients. `empty` takes it again."""
+        for each in self.gradients:
+            each.release()
+
+    @property
+    def _others(self) -> list[LogMean | Moments]:
+        return [*self._log_means.values(), *self._moments.values()]
+
+    @property
+    def _members(self) -> list[GradientSums | LogMean | Moments]:
+        return [*self.gradients, *self._others]
