@@ -10,10 +10,10 @@ import importlib
 
 import keras
 
-from kaccum.backends.base import Backend
+from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.runner import Ran, Runner
 
-__all__ = ["Backend", "Ran", "Runner", "backend"]
+__all__ = ["Backend", "Ran", "Runner", "SumSpec", "backend"]
 
 _NAMES = ("tensorflow", "jax", "torch")
 

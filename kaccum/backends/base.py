@@ -10,7 +10,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -18,43 +18,55 @@ from keras import ops
 from kaccum.backends.runner import Runner
 
 
+class SumSpec(NamedTuple):
+    """A sum that is to be made.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        beside: A variable whose device, or layout, it shares, or `None`.
+    """
+
+    shape: Any
+    dtype: str
+    beside: Any = None
+
+
 class Backend(abc.ABC):
     """How sums are kept, gradients added, batches cut and steps run."""
+
+    #: Whether steps are traced: recorded once, to be compiled.
+    has_traces = True
 
     # Sums: variables of kaccum's own, which Keras does not know of.
 
     @abc.abstractmethod
-    def new_sum(self, shape: Any, dtype: str, beside: Any = None) -> Any:
-        """A sum of zeros, made outside of what is being traced.
+    def new_sums(self, specs: Sequence[SumSpec]) -> list[Any]:
+        """Sums of zeros, made outside of what is being traced.
 
         Which variables have gradients is first known inside of a trace. Each
-        replica has a sum of its own.
-
-        Args:
-            shape: Its shape.
-            dtype: Its dtype.
-            beside: A variable whose device, or layout, it shares.
+        replica has sums of its own.
         """
 
     @abc.abstractmethod
-    def value_of(self, total: Any) -> Any:
-        """What a sum holds now, of all replicas where none asks."""
+    def values_of(self, sums: Sequence[Any]) -> list[Any]:
+        """What sums hold now, on all replicas where none asks."""
 
     @abc.abstractmethod
-    def take(self, total: Any) -> Any:
-        """What a sum holds, whose memory is then no longer the sum's.
+    def take(self, sums: Sequence[Any]) -> list[Any]:
+        """What sums hold, whose memory is then no longer theirs.
 
         What is computed of it next can be computed in place. Until `empty` the
-        sum must not be used.
+        sums must not be used.
         """
 
     @abc.abstractmethod
-    def increase(self, total: Any, value: Any) -> None:
-        """`total += value`."""
+    def assign(self, sums: Sequence[Any], values: Sequence[Any]) -> None:
+        """`total = value`, for each."""
 
     @abc.abstractmethod
-    def assign(self, total: Any, value: Any) -> None:
-        """`total = value`."""
+    def increase(self, sums: Sequence[Any], values: Sequence[Any]) -> None:
+        """`total += value`, for each."""
 
     @abc.abstractmethod
     def add_weighted(
@@ -70,19 +82,19 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def empty(self, total: Any, after: Any = None) -> None:
-        """Makes a sum zero, also one that was released.
+    def empty(self, sums: Sequence[Any], after: Sequence[Any] = ()) -> None:
+        """Makes sums zero, also those that were released.
 
         Args:
-            total: The sum.
-            after: A variable whose last assignment comes first, and whose
-                update is not to take memory at the same time as what the sum
-                holds and its zeros.
+            sums: The sums.
+            after: Where given, for each sum a variable, or `None`. Its last
+                assignment comes first, and its update is not to take memory at
+                the same time as what the sum holds and its zeros.
         """
 
     @abc.abstractmethod
-    def release(self, total: Any) -> Any:
-        """Frees a sum's memory."""
+    def release(self, sums: Sequence[Any]) -> None:
+        """Frees the memory of sums."""
 
     def check_add(self) -> None:
         """Checks that sums can be changed here, in a loop of the user's own.
@@ -127,15 +139,11 @@ class Backend(abc.ABC):
         """Whether what is called now is run now."""
 
     def trace(self) -> Any:
-        """What is being traced, for `is_traced_in`."""
+        """What is being traced, to be compared by `==`.
 
-    def is_traced_in(self, outer: Any) -> bool:
-        """Whether what is called now belongs to what `trace` returned.
-
-        What a user's own compiled function does, does not: it is traced once,
-        and outlives the step.
+        What a user's own compiled function does is another trace than that of
+        the step: it is traced once, and outlives the step.
         """
-        return True
 
     def outside_of_traces(self, make: Callable[[], Any]) -> Any:
         """What `make` returns, called where nothing is traced.

@@ -163,14 +163,12 @@ class AssigningRunner(Runner):
 
     def _hear(self, variable: Any) -> None:
         key = id(variable)
-        if key in self._assigned:
-            return
+        self._assigned[key] = variable
         if self._before is not None:
             # In a trace: none of this batch's steps has assigned it yet.
             self._before[key] = self._backend.outside_of_traces(
                 functools.partial(self._copy, variable)
             )
-        self._assigned[key] = variable
 
     @abc.abstractmethod
     def _copy(self, variable: Any) -> Any:

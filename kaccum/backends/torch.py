@@ -10,35 +10,37 @@ import keras
 import torch
 
 from kaccum.backends import arrays
-from kaccum.backends.base import Backend
+from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.runner import AssigningRunner, Ran
 
 
 class TorchBackend(Backend):
     """Sums are tensors."""
 
-    def new_sum(
-        self, shape: Any, dtype: str, beside: Any = None
-    ) -> torch.Tensor:
-        zeros = keras.ops.zeros(tuple(shape), dtype)
-        if beside is not None:
-            return zeros.to(beside.value.device)
-        # The host asks for counts.
-        return zeros.to("cpu") if dtype == "int32" else zeros
+    has_traces = False
 
-    def value_of(self, total: torch.Tensor) -> torch.Tensor:
-        return total.clone()
+    def new_sums(self, specs: Sequence[SumSpec]) -> list[torch.Tensor]:
+        return [_zeros(*spec) for spec in specs]
 
-    def take(self, total: torch.Tensor) -> torch.Tensor:
-        return total
+    def values_of(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [total.clone() for total in sums]
 
-    def increase(self, total: torch.Tensor, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            value = value.detach().to(total.device, total.dtype)
-        total += value
+    def take(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(sums)
 
-    def assign(self, total: torch.Tensor, value: Any) -> None:
-        total.copy_(value.detach())
+    def assign(
+        self, sums: Sequence[torch.Tensor], values: Sequence[Any]
+    ) -> None:
+        for total, value in zip(sums, values):
+            total.copy_(value.detach())
+
+    def increase(
+        self, sums: Sequence[torch.Tensor], values: Sequence[Any]
+    ) -> None:
+        for total, value in zip(sums, values):
+            if isinstance(value, torch.Tensor):
+                value = value.detach().to(total.device, total.dtype)
+            total += value
 
     @torch.no_grad()
     def add_weighted(
@@ -64,13 +66,18 @@ class TorchBackend(Backend):
             torch._foreach_mul_(alike, share)
         return list(tensors)
 
-    def empty(self, total: torch.Tensor, after: Any = None) -> None:
-        total.untyped_storage().resize_(total.numel() * total.element_size())
-        # Overwritten, not multiplied: it may hold a NaN.
-        total.zero_()
+    def empty(
+        self, sums: Sequence[torch.Tensor], after: Sequence[Any] = ()
+    ) -> None:
+        for total in sums:
+            size = total.numel() * total.element_size()
+            total.untyped_storage().resize_(size)
+            # Overwritten, not multiplied: it may hold a NaN.
+            total.zero_()
 
-    def release(self, total: torch.Tensor) -> None:
-        total.untyped_storage().resize_(0)
+    def release(self, sums: Sequence[torch.Tensor]) -> None:
+        for total in sums:
+            total.untyped_storage().resize_(0)
 
     @torch.enable_grad()
     def gradients_of(
@@ -130,6 +137,14 @@ class TorchBackend(Backend):
     def device_name(self) -> str:
         device = str(keras.ops.zeros(()).device.type)
         return device if device != "cpu" else "CPU (not run on a GPU)"
+
+
+def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
+    zeros = keras.ops.zeros(tuple(shape), dtype)
+    if beside is not None:
+        return zeros.to(beside.value.device)
+    # The host asks for counts.
+    return zeros.to("cpu") if dtype == "int32" else zeros
 
 
 class TorchRunner(AssigningRunner):

@@ -16,7 +16,7 @@ import keras
 from kaccum.backends import backend
 from kaccum.checks import with_inner
 from kaccum.patches import Patch
-from kaccum.step.recording import Recording, current
+from kaccum.step.recording import Recording, telling
 from kaccum.step.weights import loss_module
 
 FIT = "from `on_train_begin` to the end of the fit"
@@ -186,26 +186,21 @@ def overhearing(model: keras.Model) -> Iterator[None]:
 
 def whole_gradients(optimizer: keras.optimizers.Optimizer) -> list[Patch]:
     """For updates of optimizers that get the gradients of all replicas."""
-    return [
-        replacing(_UPDATES, name, each, lambda _, m=method: m)
-        for each in with_inner(optimizer)
-        for name, method in backend().of_whole_gradients(each).items()
-    ]
+    patches = []
+    for each in with_inner(optimizer):
+        for name, method in backend().of_whole_gradients(each).items():
+            stand_in = functools.partial(_instead, method)
+            patches.append(replacing(_UPDATES, name, each, stand_in))
+    return patches
+
+
+def _instead(method: Any, original: Any) -> Any:
+    return method
 
 
 def _patch_of(hook: Hook, owner: Any) -> Patch:
-    def stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
-        def tell(*args: Any, **kwargs: Any) -> Any:
-            recording = current()
-            if recording is None:
-                return original(*args, **kwargs)
-            if recording.is_here or hook.also_inside:
-                return hook.heard(recording, original, *args, **kwargs)
-            return original(*args, **kwargs)
-
-        return tell
-
-    return Patch(owner, hook.attribute, stand_in)
+    tell = functools.partial(telling, hook.heard, hook.also_inside)
+    return Patch(owner, hook.attribute, tell)
 
 
 # One for all models.

@@ -19,7 +19,6 @@ import keras
 from keras import ops
 
 from kaccum import callers
-from kaccum.backends import backend
 from kaccum.step import weights
 from kaccum.step.weights import Reduction
 from kaccum.sums.gradients import build_optimizer, variables_of
@@ -48,6 +47,20 @@ def current() -> Recording | None:
     return getattr(_thread, "recording", None)
 
 
+def telling(
+    heard: Callable[..., Any], also_inside: bool, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What stands in for a function of Keras, as of a row of `hooks.HOOKS`."""
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        recording = getattr(_thread, "recording", None)
+        if recording is None or not (also_inside or recording.is_here):
+            return original(*args, **kwargs)
+        return heard(recording, original, *args, **kwargs)
+
+    return tell
+
+
 class Recording:
     """What is heard of one step on one replica.
 
@@ -66,9 +79,10 @@ class Recording:
         self._step = step
         self._data = data
         self._tell_assigned = tell_assigned
-        self._trace = backend().trace()
+        self._backend = step.backend
+        self._trace = self._backend.trace()
         # A replica without examples has done nothing.
-        self._may_be_left_out = step.skips or backend().may_be_empty(data)
+        self._may_be_left_out = step.skips or self._backend.may_be_empty(data)
         self.applied: list[Applied] = []
         self.reductions: list[Reduction] = []
         self.log_numbers: list[LogNumber] = []
@@ -101,7 +115,8 @@ class Recording:
         What a user's own compiled function does is not: it is traced once, and
         outlives the step.
         """
-        return backend().is_traced_in(self._trace)
+        backend = self._backend
+        return not backend.has_traces or bool(backend.trace() == self._trace)
 
     # What is left of it.
 
@@ -128,7 +143,7 @@ class Recording:
             )
         for number in self.log_numbers:
             for variable in number.metric.variables:
-                self._tell_assigned(variable)
+                self._note_assigned(variable)
             of_number = self._weight(number.reductions)
             adds_up = of_number is None
             is_part = adds_up and number.has_regularizers
@@ -152,7 +167,7 @@ class Recording:
         gradients = [g for each in self.applied for g in each.gradients]
         if not self._step.skips or all(g is None for g in gradients):
             return has_examples
-        is_finite = backend().all_finite(gradients)
+        is_finite = self._backend.all_finite(gradients)
         self._step.sums.count_skipped(
             ops.logical_and(has_examples, ops.logical_not(is_finite))
         )
@@ -184,7 +199,7 @@ class Recording:
         if not self._step.skips:
             return logs
         # Keras shows the mean over replicas.
-        skipped = self._step.sums.skipped * backend().replicas()
+        skipped = self._step.sums.skipped * self._backend.replicas()
         return {**logs, SKIPPED: skipped}
 
     # What is heard.
@@ -248,7 +263,7 @@ class Recording:
         if variables is None:
             variables = variables_of(self._step.optimizer)
         if not self._step.is_keras_step:
-            gradients = backend().held(gradients)
+            gradients = self._backend.held(gradients)
         self.applied.append(Applied(apply, gradients, variables))
 
     def on_other_update(
@@ -338,7 +353,7 @@ class Recording:
             # The loss of one of several outputs. Keras weights it by the number
             # of examples only where that is not traced (Keras 3.15).
             of = slice(len(self.reductions) - 1, len(self.reductions))
-            size = size if backend().knows_shapes() else None
+            size = size if self._backend.knows_shapes() else None
         elif isinstance(metric, keras.metrics.MeanMetricWrapper):
             # What a metric function returned, a scalar of its own making.
             of = slice(0)
@@ -382,14 +397,20 @@ class Recording:
         if id(variable) in self._still:
             self._still.remove(id(variable))
             return value
-        self._step.warn_about(variable)
-        self._tell_assigned(variable)
+        self._note_assigned(variable)
         is_new = id(variable) not in self.assigned
         if self._may_be_left_out and is_new and self.is_here:
-            before = backend().before(variable)
+            before = self._backend.before(variable)
             if before is not None:
                 self.assigned[id(variable)] = (variable, before)
         return original(variable, value)
+
+    def _note_assigned(self, variable: Any) -> None:
+        """Says so once: what steps assign, they assign again and again."""
+        if id(variable) not in self._step.assigned:
+            self._step.assigned[id(variable)] = variable
+            self._step.warn_about(variable)
+            self._tell_assigned(variable)
 
     def on_grad(
         self,
@@ -410,7 +431,7 @@ class Recording:
             if not self.is_here:
                 derived = original(fun, argnums, has_aux, **options)
             else:
-                derived = backend().differentiated(
+                derived = self._backend.differentiated(
                     fun,
                     lists,
                     self._traced_further,
@@ -432,7 +453,7 @@ class Recording:
     @contextlib.contextmanager
     def _traced_further(self) -> Iterator[None]:
         """A context in which what is being traced counts as the step."""
-        outer, self._trace = self._trace, backend().trace()
+        outer, self._trace = self._trace, self._backend.trace()
         try:
             yield
         finally:

@@ -29,6 +29,7 @@ class TrainingStep:
     """
 
     def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
+        self.backend = backend()
         self.model = model
         self.optimizer = model.optimizer
         self.skips = skip_nonfinite
@@ -44,8 +45,8 @@ class TrainingStep:
         # Those that the sum does not count.
         self._skipped_before = 0
         self._skipped_remembered = 0
-        # Variables that steps assign.
-        self._assigned: set[int] = set()
+        #: Variables that steps assign, by their `id`.
+        self.assigned: dict[int, Any] = {}
 
     # A micro-batch.
 
@@ -54,7 +55,7 @@ class TrainingStep:
         """Around whatever calls `run`, and not inside: replicas are threads."""
         with hooks.overhearing(self.model), contextlib.ExitStack() as stack:
             if not self.model.run_eagerly:
-                stack.enter_context(backend().making_variables_outside())
+                stack.enter_context(self.backend.making_variables_outside())
             yield
 
     def run(
@@ -80,7 +81,7 @@ class TrainingStep:
         # With a data set of unknown length, the call that finds it exhausted
         # still runs all that does not depend on the batch (TensorFlow 2.21):
         # it would count a micro-batch.
-        with backend().after(data):
+        with self.backend.after(data):
             recording = Recording(self, data, tell_assigned)
             with recording.running():
                 logs, assigned = train_step(data)
@@ -105,9 +106,8 @@ class TrainingStep:
 
     def warn_about(self, variable: Any) -> None:
         """Says of an assigned variable if it was to wait for the update."""
-        if variable.trainable or id(variable) in self._assigned:
+        if variable.trainable:
             return
-        self._assigned.add(id(variable))
         # `model.layers` has the outermost only (Keras 3.5 to 3.15).
         for layer in self.model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization):
@@ -153,7 +153,7 @@ class TrainingStep:
 
     @property
     def _has_replicas(self) -> bool:
-        return backend().replicas() > 1
+        return self.backend.replicas() > 1
 
     @property
     def _releases(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum.backends import backend
+from kaccum.backends import SumSpec, backend
 from kaccum.sums.totals import chosen
 
 
@@ -41,18 +41,21 @@ class GradientSums:
         self._in_window: set[int] = set()
         self._is_divided: bool | None = None
         self._once: Sequence[Callable[[], Any]] = ()
-        self._weight = backend().new_sum((), "float32")
-        self._count = backend().new_sum((), "int32")
+        self._backend = backend()
+        # Their weight, and how many they are.
+        self._numbers = self._backend.new_sums(
+            [SumSpec((), "float32"), SumSpec((), "int32")]
+        )
 
     @property
     def sums(self) -> list[Any]:
         """All of them."""
-        return [self._weight, self._count, *self._sums.values()]
+        return [*self._numbers, *self._sums.values()]
 
     @property
     def count(self) -> Any:
         """The number of micro-batches in the open window, a scalar int32."""
-        return backend().value_of(self._count)
+        return self._backend.values_of(self._numbers)[1]
 
     def add(
         self,
@@ -83,27 +86,27 @@ class GradientSums:
         self._variables.update({id(v): v for v in variables})
         self._is_divided = weight is not None
         self._once = once
-        weight = 1.0 if weight is None else weight
+        numbers = [1.0 if weight is None else weight, 1]
+        numbers = chosen(kept, numbers, [0.0, 0])
+        self._backend.increase(self._numbers, numbers)
         if kept is not True:
-            gradients = backend().zero_unless(kept, gradients)
-        backend().increase(self._count, chosen(kept, 1, 0))
-        backend().increase(self._weight, chosen(kept, weight, 0.0))
-        is_eager = backend().is_eager()
-        in_window = self._in_window if is_eager else self._compiled
-        sums, added = [], []
-        for gradient, variable in zip(gradients, variables):
-            if gradient is None:
-                continue
-            in_window.add(id(variable))
-            total = self._sum_of(variable, gradient.dtype)
-            if _is_overwritten(variable):
-                _check_replicas(variable)
-                larger = ops.maximum(backend().value_of(total), gradient)
-                backend().assign(total, larger)
-            else:
-                sums.append(total)
-                added.append(gradient)
-        backend().add_weighted(sums, added, chosen(kept, weight, 0.0))
+            gradients = self._backend.zero_unless(kept, gradients)
+        pairs = [
+            (gradient, variable)
+            for gradient, variable in zip(gradients, variables)
+            if gradient is not None
+        ]
+        self._make_sums(pairs)
+        is_eager = self._backend.is_eager()
+        has_gradient = self._in_window if is_eager else self._compiled
+        has_gradient.update(id(variable) for _, variable in pairs)
+        added = [pair for pair in pairs if not _is_overwritten(pair[1])]
+        self._backend.add_weighted(
+            [self._sums[id(variable)] for _, variable in added],
+            [gradient for gradient, _ in added],
+            numbers[0],
+        )
+        self._overwrite([p for p in pairs if _is_overwritten(p[1])])
 
     def parts(self, *, releases: bool = False) -> list[Any]:
         """What the replicas of a strategy add up for an update.
@@ -112,9 +115,10 @@ class GradientSums:
             releases: Whether the sums lose their memory to what is returned, so
                 that it can be divided in place. XLA must not compile that.
         """
-        take = backend().take if releases else backend().value_of
-        numbers = [backend().value_of(s) for s in (self._weight, self._count)]
-        return numbers + [take(total) for total in self._sums.values()]
+        backend = self._backend
+        take = backend.take if releases else backend.values_of
+        numbers = backend.values_of(self._numbers)
+        return [*numbers, *take(list(self._sums.values()))]
 
     def close(self, parts: list[Any]) -> None:
         """Makes one update of the window's gradient.
@@ -130,7 +134,7 @@ class GradientSums:
         if not self._variables:
             raise RuntimeError(NOTHING_ADDED)
         weight, count, *sums = parts
-        with backend().positive(count, NOTHING_ADDED):
+        with self._backend.positive(count, NOTHING_ADDED):
             gradients = self._window_gradients(weight, count, sums)
             self._apply(gradients, list(self._variables.values()))
 
@@ -141,18 +145,16 @@ class GradientSums:
             releases: Whether what they hold loses its memory before there are
                 zeros. XLA must not compile that.
         """
-        for number in (self._weight, self._count):
-            backend().empty(number)
-        for key, total in self._sums.items():
-            after = self._variables.get(key) if releases else None
-            backend().empty(total, after=after)
-        if backend().is_eager():
+        self._backend.empty(self._numbers)
+        after = [self._variables.get(key) for key in self._sums]
+        sums = list(self._sums.values())
+        self._backend.empty(sums, after if releases else ())
+        if self._backend.is_eager():
             self._in_window.clear()
 
     def release(self) -> None:
         """Frees the memory of the sums. `empty` takes it again."""
-        for total in self._sums.values():
-            backend().release(total)
+        self._backend.release(list(self._sums.values()))
         self._in_window.clear()
         if not self._compiled:
             # Until the next fit, eager code may freeze some of them.
@@ -182,17 +184,28 @@ class GradientSums:
                 "losses are sums or means. Received: both."
             )
 
-    def _sum_of(self, variable: Any, dtype: Any) -> Any:
-        key = id(variable)
-        if key not in self._sums:
-            dtype = keras.backend.standardize_dtype(dtype)
-            self._dtypes[key] = dtype
-            self._sums[key] = backend().new_sum(
-                variable.shape,
-                "float32" if dtype in ("float16", "bfloat16") else dtype,
-                beside=variable,
-            )
-        return self._sums[key]
+    def _make_sums(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """For gradients that there are for the first time, in pairs."""
+        specs = {}
+        for gradient, variable in pairs:
+            if id(variable) in self._sums:
+                continue
+            dtype = keras.backend.standardize_dtype(gradient.dtype)
+            self._dtypes[id(variable)] = dtype
+            is_half = dtype in ("float16", "bfloat16")
+            dtype = "float32" if is_half else dtype
+            specs[id(variable)] = SumSpec(variable.shape, dtype, variable)
+        if specs:
+            sums = self._backend.new_sums(list(specs.values()))
+            self._sums.update(zip(specs, sums))
+
+    def _overwrite(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Keeps the largest of "gradients" that are values, in pairs."""
+        for gradient, variable in pairs:
+            _check_replicas(variable, self._backend.replicas())
+            sums = [self._sums[id(variable)]]
+            (largest,) = self._backend.values_of(sums)
+            self._backend.assign(sums, [ops.maximum(largest, gradient)])
 
     def _window_gradients(
         self, weight: Any, count: Any, sums: list[Any]
@@ -204,7 +217,7 @@ class GradientSums:
                 for key, variable in self._variables.items()
                 if key in totals and not _is_overwritten(variable)
             ]
-            means = backend().divided([totals[k] for k in divided], weight)
+            means = self._backend.divided([totals[k] for k in divided], weight)
             totals.update(zip(divided, means))
         has_gradient = self._compiled | self._in_window
         gradients = [
@@ -227,7 +240,7 @@ class GradientSums:
             return sum(ops.sum(term()) for term in self._once)
 
         variables = list(self._variables.values())
-        once = backend().gradients_of(loss, variables)
+        once = self._backend.gradients_of(loss, variables)
         for i, term in enumerate(once):
             if term is not None and gradients[i] is not None:
                 dtype = gradients[i].dtype
@@ -265,12 +278,12 @@ def _build(optimizer: keras.optimizers.Optimizer, variables: list[Any]) -> None:
     optimizer.built = True
 
 
-def _check_replicas(variable: Any) -> None:
-    if backend().replicas() > 1:
+def _check_replicas(variable: Any, replicas: int) -> None:
+    if replicas > 1:
         raise RuntimeError(
             "Variables that are overwritten by their gradients must be on one "
             f"device to be accumulated. Received: {variable.path!r}, on "
-            f"{backend().replicas()} replicas."
+            f"{replicas} replicas."
         )
 
 

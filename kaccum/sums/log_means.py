@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from kaccum.backends import backend
 from kaccum.sums.totals import Totals, chosen
 
 
@@ -55,9 +54,7 @@ class LogMean(Totals):
         self._adds_up = adds_up
         self._is_one = number.size is None
 
-    def add(
-        self, number: LogNumber, weight: Any, once: Any, kept: Any
-    ) -> None:
+    def add(self, number: LogNumber, weight: Any, once: Any, kept: Any) -> None:
         """Counts the number of a micro-batch.
 
         Args:
@@ -69,7 +66,7 @@ class LogMean(Totals):
         """
         metric, dtype = self._metric, self._metric.dtype
         # After a reset of the metric what went before is not in it any more.
-        old = self.values
+        old = self._backend.values_of(self.sums)
         is_in = ops.cast(ops.greater_equal(metric.count, old[2]), dtype)
         old = [part * is_in for part in old]
         value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
@@ -78,15 +75,15 @@ class LogMean(Totals):
         size = ops.cast(1.0 if self._is_one else number.size, dtype)
         size = size if self._is_one else old[2] + size
         new = [old[0] + value, old[1] + weight, size, once]
-        new = [chosen(kept, *pair) for pair in zip(new, old)]
+        new = chosen(kept, new, old)
         change = self._number(*new) * new[2] - self._number(*old) * old[2]
         metric.total.assign_add(change)
         metric.count.assign_add(new[2] - old[2])
-        self.become(new, True)
+        self._backend.assign(self.sums, new)
 
     def parts(self) -> list[Any]:
         """What the replicas of a strategy have to add up for an update."""
-        return self.values[:3]
+        return self._backend.values_of(self.sums[:3])
 
     def close(self, parts: list[Any]) -> None:
         """Corrects what the metric has by what all replicas saw.
@@ -94,14 +91,15 @@ class LogMean(Totals):
         Args:
             parts: `parts`, each summed over all replicas.
         """
-        if backend().replicas() == 1:
+        if self._backend.replicas() == 1:
             return
         total, weight, size = parts
-        _, _, own, once = self.values
+        values = self._backend.values_of(self.sums)
+        _, _, own, once = values
         # Of a window that counts once, each replica counts a share.
         share = own / ops.maximum(size, 1.0) if self._is_one else own
         number = self._number(total, weight, size, once)
-        now = self._number(*self.values)
+        now = self._number(*values)
         self._metric.total.assign_add(number * share - now * own)
         self._metric.count.assign_add(share - own)
 

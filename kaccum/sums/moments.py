@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from kaccum.backends import backend
-from kaccum.sums.totals import Totals
+from kaccum.sums.totals import Totals, chosen
 
 
 class LayerMoments(NamedTuple):
@@ -62,11 +61,14 @@ class Moments(Totals):
         """
         _, _, mean, variance, size = moments
         new = [ops.cast(x, self._dtype) for x in (1, size, mean, variance)]
-        self.become(_pooled(self.values, new), kept)
+        old = self._backend.values_of(self.sums)
+        pooled = chosen(kept, _pooled(old, new), old)
+        self._backend.assign(self.sums, pooled)
 
     def parts(self) -> list[Any]:
         """What each replica has, a row each: the others' are zeros."""
-        return [backend().as_row(value) for value in self.values]
+        values = self._backend.values_of(self.sums)
+        return [self._backend.as_row(value) for value in values]
 
     def close(self, parts: list[Any]) -> None:
         """Moves the layer's averages, if it was called in the window.
@@ -74,7 +76,7 @@ class Moments(Totals):
         Args:
             parts: `parts`, each summed over all replicas.
         """
-        rows = zip(*(backend().rows_of(part) for part in parts))
+        rows = zip(*(self._backend.rows_of(part) for part in parts))
         calls, _, mean, variance = functools.reduce(_pooled, map(list, rows))
         momentum = self._layer.momentum
         for variable, value in (

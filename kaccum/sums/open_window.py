@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kaccum.backends import backend
+from kaccum.backends import SumSpec, backend
 from kaccum.sums.gradients import GradientSums
 from kaccum.sums.log_means import LogMean, LogNumber
 from kaccum.sums.moments import LayerMoments, Moments
@@ -47,7 +47,8 @@ class Sums:
         # By metric, or layer, and call: a step may use one more than once.
         self._log_means: dict[tuple[int, int], LogMean] = {}
         self._moments: dict[tuple[int, int], Moments] = {}
-        self._skipped = backend().new_sum((), "int32")
+        self._backend = backend()
+        self._skipped = self._backend.new_sums([SumSpec((), "int32")])
 
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
@@ -73,22 +74,22 @@ class Sums:
     def all(self) -> list[Any]:
         """Every sum there is."""
         return [
-            self._skipped,
+            *self._skipped,
             *(total for member in self._members for total in member.sums),
         ]
 
     @property
     def skipped(self) -> Any:
         """How many micro-batches were left out, a scalar int32."""
-        return backend().value_of(self._skipped)
+        return self._backend.values_of(self._skipped)[0]
 
     def count_skipped(self, is_skipped: Any) -> None:
         """Counts a micro-batch that is left out where that is true."""
-        backend().increase(self._skipped, ops.cast(is_skipped, "int32"))
+        self._backend.increase(self._skipped, [ops.cast(is_skipped, "int32")])
 
     def empty_skipped(self) -> None:
         """Counts what is left out from now on."""
-        backend().empty(self._skipped)
+        self._backend.empty(self._skipped)
 
     def is_empty(self) -> Any:
         """Whether the window holds no micro-batch: scalar bool."""
@@ -105,7 +106,7 @@ class Sums:
         groups = [each.parts(releases=releases) for each in self.gradients]
         groups += [each.parts() for each in self._others]
         flat = [tensor for group in groups for tensor in group]
-        parts = iter(backend().sum_over_replicas(flat))
+        parts = iter(self._backend.sum_over_replicas(flat))
         summed = [[next(parts) for _ in group] for group in groups]
         for member, group in zip(self._members, summed):
             member.close(group)

@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from kaccum.backends import backend
+from kaccum.backends import SumSpec, backend
 
 
 class Totals:
@@ -21,26 +21,18 @@ class Totals:
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: str) -> None:
+        self._backend = backend()
         #: The sums.
-        self.sums = [backend().new_sum(shape, dtype) for shape in shapes]
-
-    @property
-    def values(self) -> list[Any]:
-        """What they hold now."""
-        return [backend().value_of(total) for total in self.sums]
-
-    def become(self, new: Sequence[Any], kept: Any) -> None:
-        """Moves on to other values, if the micro-batch is kept."""
-        for total, value, old in zip(self.sums, new, self.values):
-            backend().assign(total, chosen(kept, value, old))
+        self.sums = self._backend.new_sums(
+            [SumSpec(shape, dtype) for shape in shapes]
+        )
 
     def empty(self) -> None:
         """Makes all of them zero."""
-        for total in self.sums:
-            backend().empty(total)
+        self._backend.empty(self.sums)
 
 
-def chosen(kept: Any, new: Any, old: Any) -> Any:
+def chosen(kept: Any, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
     """What is there after a micro-batch.
 
     Args:
@@ -48,4 +40,6 @@ def chosen(kept: Any, new: Any, old: Any) -> Any:
         new: What it makes of `old`.
         old: What was there before.
     """
-    return new if kept is True else ops.where(kept, new, old)
+    if kept is True:
+        return list(new)
+    return [ops.where(kept, *pair) for pair in zip(new, old)]

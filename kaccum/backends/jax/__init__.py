@@ -14,7 +14,7 @@ import keras
 from jax.extend.core import get_opaque_trace_state
 
 from kaccum.backends import arrays
-from kaccum.backends.base import Backend
+from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.jax.runner import JaxRunner
 from kaccum.backends.jax.sums import Sum
 from kaccum.backends.runner import Runner
@@ -30,28 +30,32 @@ with jax.ensure_compile_time_eval():
 class JaxBackend(Backend):
     """Sums hold arrays, or what stands for them in a trace."""
 
-    def new_sum(self, shape: Any, dtype: str, beside: Any = None) -> Sum:
-        return Sum(tuple(shape), dtype, beside)
+    def new_sums(self, specs: Sequence[SumSpec]) -> list[Sum]:
+        return [Sum(*spec) for spec in specs]
 
-    def value_of(self, total: Sum) -> jax.Array:
-        return total.value
+    def values_of(self, sums: Sequence[Sum]) -> list[jax.Array]:
+        return [total.value for total in sums]
 
-    def take(self, total: Sum) -> jax.Array:
+    def take(self, sums: Sequence[Sum]) -> list[jax.Array]:
         # The memory of what is donated is used again by itself.
-        return total.value
+        return [total.value for total in sums]
 
-    def increase(self, total: Sum, value: Any) -> None:
-        total.value = total.value + jnp.asarray(value, total.dtype)
+    def assign(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
+        for total, value in zip(sums, values):
+            total.value = jnp.asarray(value, total.dtype)
 
-    def assign(self, total: Sum, value: Any) -> None:
-        total.value = jnp.asarray(value, total.dtype)
+    def increase(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
+        for total, value in zip(sums, values):
+            total.value = total.value + jnp.asarray(value, total.dtype)
 
     def add_weighted(
         self, sums: Sequence[Sum], gradients: Sequence[Any], weight: Any
     ) -> None:
         for total, gradient in zip(sums, gradients):
-            gradient = gradient.astype(total.dtype)
-            self.increase(total, jnp.asarray(weight, total.dtype) * gradient)
+            weighted = jnp.asarray(weight, total.dtype) * gradient.astype(
+                total.dtype
+            )
+            total.value = total.value + weighted
 
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
         return [
@@ -59,14 +63,16 @@ class JaxBackend(Backend):
             for tensor in tensors
         ]
 
-    def empty(self, total: Sum, after: Any = None) -> None:
-        if self.is_eager():
-            total.fill()
-        else:
-            total.value = jnp.zeros(total.shape, total.dtype)
+    def empty(self, sums: Sequence[Sum], after: Sequence[Any] = ()) -> None:
+        for total in sums:
+            if self.is_eager():
+                total.fill()
+            else:
+                total.value = jnp.zeros(total.shape, total.dtype)
 
-    def release(self, total: Sum) -> None:
-        total.value = None
+    def release(self, sums: Sequence[Sum]) -> None:
+        for total in sums:
+            total.value = None
 
     def check_add(self) -> None:
         if not self.is_eager():
@@ -98,9 +104,6 @@ class JaxBackend(Backend):
 
     def trace(self) -> Any:
         return get_opaque_trace_state()
-
-    def is_traced_in(self, outer: Any) -> bool:
-        return bool(get_opaque_trace_state() == outer)
 
     def outside_of_traces(self, make: Callable[[], Any]) -> Any:
         with jax.ensure_compile_time_eval():

@@ -19,17 +19,15 @@ class Sum:
     Args:
         shape: Its shape.
         dtype: Its dtype; where JAX has none of 64 bits, that of 32.
-        beside: A Keras variable that it is distributed like. By default each
+        beside: A Keras variable that it is distributed like. With `None` each
             device has a copy.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: str, beside: Any = None
-    ) -> None:
-        self.shape = shape
+    def __init__(self, shape: Any, dtype: str, beside: Any) -> None:
+        self.shape = tuple(shape)
         self.dtype = str(jax.dtypes.canonicalize_dtype(dtype))
         if beside is None:
-            self.sharding = _everywhere(len(shape))
+            self.sharding = _everywhere(len(self.shape))
         else:
             self.sharding = sharding_of(beside)
         #: What it holds; `None` where its memory is freed.

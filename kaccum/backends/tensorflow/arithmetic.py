@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kaccum.backends.base import SumSpec
 from kaccum.backends.tensorflow.replicas import (
     Replicas,
     handles,
@@ -20,38 +21,38 @@ from kaccum.backends.tensorflow.replicas import (
 class Arithmetic(Replicas):
     """Sums are variables, which graphs assign."""
 
-    def new_sum(
-        self, shape: Any, dtype: str, beside: Any = None
-    ) -> tf.Variable:
-        def make() -> tf.Variable:
-            return tf.Variable(
-                tf.zeros(shape, dtype),
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.SUM,
-            )
+    def new_sums(self, specs: Sequence[SumSpec]) -> list[tf.Variable]:
+        is_single = self.replicas() == 1
 
-        is_single = beside is not None and self.replicas() == 1
-        device = _resource(beside).device if is_single else ""
-        return self.outside_of_traces(make, device)
+        def make() -> list[tf.Variable]:
+            sums = []
+            for shape, dtype, beside in specs:
+                is_placed = is_single and beside is not None
+                device = _resource(beside).device if is_placed else None
+                with tf.device(device):
+                    sums.append(_zeros(shape, dtype))
+            return sums
 
-    def value_of(self, total: tf.Variable) -> tf.Tensor:
-        return tf.convert_to_tensor(total)
+        made: list[tf.Variable] = self.outside_of_traces(make)
+        return made
 
-    def take(self, total: tf.Variable) -> tf.Tensor:
-        value = tf.convert_to_tensor(total)
-        if _is_small(total):
-            return value
-        with tf.control_dependencies([value]):
-            taken = self.release(total)
-        with tf.control_dependencies(taken):
-            return tf.identity(value)
+    def values_of(self, sums: Sequence[tf.Variable]) -> list[tf.Tensor]:
+        return [tf.convert_to_tensor(total) for total in sums]
 
-    def increase(self, total: tf.Variable, value: Any) -> None:
-        total.assign_add(tf.cast(value, total.dtype))
+    def take(self, sums: Sequence[tf.Variable]) -> list[tf.Tensor]:
+        return [_taken(total) for total in sums]
 
-    def assign(self, total: tf.Variable, value: Any) -> None:
-        total.assign(value)
+    def assign(
+        self, sums: Sequence[tf.Variable], values: Sequence[Any]
+    ) -> None:
+        for total, value in zip(sums, values):
+            total.assign(value)
+
+    def increase(
+        self, sums: Sequence[tf.Variable], values: Sequence[Any]
+    ) -> None:
+        for total, value in zip(sums, values):
+            total.assign_add(tf.cast(value, total.dtype))
 
     def add_weighted(
         self, sums: Sequence[tf.Variable], gradients: Sequence[Any], weight: Any
@@ -66,29 +67,15 @@ class Arithmetic(Replicas):
         shares = {dtype: share(dtype) for dtype in {t.dtype for t in tensors}}
         return [tensor * shares[tensor.dtype] for tensor in tensors]
 
-    def empty(self, total: tf.Variable, after: Any = None) -> None:
-        if _is_small(total):
-            _assign(total, tf.zeros(total.shape, total.dtype))
-            return
-        waits_for = []
-        if after is not None:
-            with tf.control_dependencies([tf.convert_to_tensor(after)]):
-                waits_for = self.release(total)
-        with tf.control_dependencies(waits_for):
-            # Zeros that the graph can foresee become a constant of it, which
-            # keeps their memory for good and is copied by the next `add`
-            # (2.21).
-            zeros = tf.raw_ops.Empty(
-                shape=total.shape, dtype=total.dtype, init=True
-            )
-        _assign(total, zeros)
+    def empty(
+        self, sums: Sequence[tf.Variable], after: Sequence[Any] = ()
+    ) -> None:
+        for total, variable in zip(sums, after or [None] * len(sums)):
+            _empty(total, variable)
 
-    def release(self, total: tf.Variable) -> list[tf.Operation]:
-        # Whose shape a graph does not know: it would insist on the variable's.
-        nothing = tf.raw_ops.PlaceholderWithDefault(
-            input=tf.zeros([0], total.dtype), shape=tf.TensorShape(None)
-        )
-        return _assign(total, nothing)
+    def release(self, sums: Sequence[tf.Variable]) -> None:
+        for total in sums:
+            _release(total)
 
     def gradients_of(
         self, loss: Callable[[], Any], variables: Sequence[Any]
@@ -163,8 +150,50 @@ class Arithmetic(Replicas):
     def trace(self) -> Any:
         return None if self.is_eager() else tf.compat.v1.get_default_graph()
 
-    def is_traced_in(self, outer: Any) -> bool:
-        return self.trace() is outer
+
+def _zeros(shape: Any, dtype: str) -> tf.Variable:
+    return tf.Variable(
+        tf.zeros(shape, dtype),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
+
+
+def _taken(total: tf.Variable) -> tf.Tensor:
+    value = tf.convert_to_tensor(total)
+    if _is_small(total):
+        return value
+    with tf.control_dependencies([value]):
+        taken = _release(total)
+    with tf.control_dependencies(taken):
+        return tf.identity(value)
+
+
+def _empty(total: tf.Variable, after: Any) -> None:
+    if _is_small(total):
+        _assign(total, tf.zeros(total.shape, total.dtype))
+        return
+    waits_for = []
+    if after is not None:
+        with tf.control_dependencies([tf.convert_to_tensor(after)]):
+            waits_for = _release(total)
+    with tf.control_dependencies(waits_for):
+        # Zeros that the graph can foresee become a constant of it, which keeps
+        # their memory for good and is copied by the next `add` (2.21).
+        zeros = tf.raw_ops.Empty(
+            shape=total.shape, dtype=total.dtype, init=True
+        )
+    _assign(total, zeros)
+
+
+def _release(total: tf.Variable) -> list[tf.Operation]:
+    """Frees a sum's memory, and returns the operations that do, in a graph."""
+    # Whose shape a graph does not know: it would insist on the variable's.
+    nothing = tf.raw_ops.PlaceholderWithDefault(
+        input=tf.zeros([0], total.dtype), shape=tf.TensorShape(None)
+    )
+    return _assign(total, nothing)
 
 
 def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:

@@ -60,13 +60,11 @@ class Replicas(Backend):
         scope: AbstractContextManager[Any] = model.distribute_strategy.scope()
         return scope
 
-    def outside_of_traces(
-        self, make: Callable[[], Any], device: str = ""
-    ) -> Any:
+    def outside_of_traces(self, make: Callable[[], Any]) -> Any:
         strategy = tf.distribute.get_strategy()
 
         def run() -> Any:
-            with strategy.scope(), tf.device(device or None):
+            with strategy.scope():
                 return make()
 
         return in_a_thread(run)

@@ -90,7 +90,7 @@ class TensorFlowRunner(AssigningRunner):
         return logs
 
     def _run_many(
-        self, batches_and_closes: Any, is_plain: bool, closes: bool
+        self, batches_and_closes: Any, is_plain: bool, may_update: bool
     ) -> tuple[Any, Any, Any]:
         """The last one's logs, and how many steps and updates there were."""
         batches, closes = batches_and_closes
