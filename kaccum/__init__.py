@@ -4,8 +4,9 @@ The rooms, each of which knows those below it only:
 
 - `callback`, `accumulate`, `accumulator`: what users call.
 - `fit`: takes a model's training step over, and knows when a window closes.
-- `step`: what a step becomes. `step.hooks` lists what is replaced in Keras;
-  `step.recording` hears what a micro-batch did, and adds it to the sums.
+- `step`: what a step becomes. `step.hooks` lists what is replaced in Keras,
+  `step.hearing` tells what a micro-batch does, and `step.recording` adds that
+  to the sums.
 - `sums`: what the open window holds, and what an update makes of it.
 - `backends`: how TensorFlow, JAX and PyTorch do all that.
 

@@ -435,6 +435,25 @@ def test_a_second_optimizer_is_refused(place):
 
 
 @needs_graphs
+@needs_graphs
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_sum_that_cannot_be_heard_is_refused(run_eagerly):
+    """It would be taken for a mean over examples."""
+    model = small(OwnCompiledLoss)
+    loss = keras.losses.MeanSquaredError(reduction="sum")
+    model.compile("sgd", loss, run_eagerly=run_eagerly)
+    with pytest.raises(
+        RuntimeError,
+        match=r"A loss with `reduction=\"sum\"` must be computed outside of a "
+        r"`tf\.function`, `tf\.cond` or `jax\.jit` of the model's own, inside "
+        r"of which it is taken for a mean over examples\. Received: a "
+        r"OwnCompiledLoss that computes it there\.",
+    ):
+        model.fit(
+            X, Y, verbose=0, callbacks=[GradientAccumulationCallback(2)]
+        )
+
+
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_step_with_a_compiled_part_is_refused(run_eagerly):
     """Law 5: what it traced would add to the sums in a plain fit, too."""

@@ -33,7 +33,7 @@ from tests.strategies import (
 HAS_DOUBLES = only_on("tensorflow", "torch", reason="64 bits are turned off")
 
 
-@drawn({"tensorflow": 100, "jax": 12, "torch": 300}[BACKEND])
+@drawn({"tensorflow": 50, "jax": 12, "torch": 300}[BACKEND])
 @hypothesis.given(problems(execution=EXECUTIONS[-1]))
 def test_micro_batches_train_as_the_large_batch(problem):
     """Law 1, for whole problems drawn at random."""

@@ -1,7 +1,7 @@
 """What kaccum asks of a framework: a class, of which each has a subclass.
 
-Knows none of them, and nothing of the rest of kaccum. What all frameworks but
-one do alike stands here.
+Knows none of them, and nothing of the rest of kaccum. What is right for most
+frameworks stands here; a subclass replaces what is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from kaccum.backends.runner import Runner
+from kaccum.backends.runner import Runner, Step
 
 
 class SumSpec(NamedTuple):
@@ -34,9 +34,6 @@ class SumSpec(NamedTuple):
 
 class Backend(abc.ABC):
     """How sums are kept, gradients added, batches cut and steps run."""
-
-    #: Whether steps are traced: recorded once, to be compiled.
-    has_traces = True
 
     # Sums: variables of kaccum's own, which Keras does not know of.
 
@@ -128,7 +125,7 @@ class Backend(abc.ABC):
             for g in gradients
         ]
 
-    def held(self, gradients: Sequence[Any]) -> Sequence[Any]:
+    def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         """The gradients as they are now, whatever a step makes of them next."""
         return gradients
 
@@ -138,8 +135,9 @@ class Backend(abc.ABC):
     def is_eager(self) -> bool:
         """Whether what is called now is run now."""
 
+    @abc.abstractmethod
     def trace(self) -> Any:
-        """What is being traced, to be compared by `==`.
+        """What is being traced, to be compared by `==`; `None` for nothing.
 
         What a user's own compiled function does is another trace than that of
         the step: it is traced once, and outlives the step.
@@ -329,7 +327,7 @@ class Backend(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def runner(self, model: keras.Model, step: Any) -> Runner:
+    def runner(self, model: keras.Model, step: Step) -> Runner:
         """What runs a training step.
 
         Args:

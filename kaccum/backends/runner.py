@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import keras
 
@@ -27,6 +28,53 @@ class Ran(NamedTuple):
     updates: int
 
 
+class Step(Protocol):
+    """What a runner asks of the step that it is given.
+
+    Args:
+        skips: Whether a window may leave micro-batches out.
+        skipped: How many it did.
+        sums: What the open window holds.
+        assigned: The variables that it was heard to assign, by their `id`.
+        version: What `update` depends on, if it is compiled.
+    """
+
+    skips: bool
+    sums: Any
+    assigned: dict[int, Any]
+
+    @property
+    def skipped(self) -> int: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def overheard(self) -> AbstractContextManager[None]:
+        """A context around whatever calls `run`."""
+
+    def run(
+        self,
+        data: Any,
+        train_step: Callable[[Any], tuple[Any, dict[int, Any]]],
+        tell_assigned: Callable[[Any], None],
+    ) -> Any:
+        """Runs a `train_step` on a micro-batch, which is added to the sums."""
+
+    def instead_of(
+        self, train_step: Callable[[Any], Any]
+    ) -> AbstractContextManager[None]:
+        """A context in which `train_step` is that of the model."""
+
+    def update(self) -> None:
+        """Makes the update of the open window. `empty` is to come next."""
+
+    def empty(self) -> None:
+        """Makes the sums of the window zero."""
+
+    def count_skipped_from(self, number: int) -> None:
+        """Counts on from a number."""
+
+
 class Runner(abc.ABC):
     """Runs the training step of a model, and the update where a window closes.
 
@@ -41,11 +89,11 @@ class Runner(abc.ABC):
     #: How the end of the data reaches a train function.
     end_of_data: Any = StopIteration
 
-    def __init__(self, model: keras.Model, step: Any) -> None:
+    def __init__(self, model: keras.Model, step: Step) -> None:
         self.model = model
         self._step = step
         self._plain = model.train_function
-        self._skipped = 0
+        self._skipped_before = 0
 
     @abc.abstractmethod
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
@@ -104,7 +152,7 @@ class Runner(abc.ABC):
 
     def remember(self) -> None:
         """Remembers what an attempt to train on a batch may change."""
-        self._skipped = self._step.skipped if self._step.skips else 0
+        self._skipped_before = self._step.skipped if self._step.skips else 0
 
     def wait(self) -> None:
         """Waits for an attempt: it has failed where this raises."""
@@ -112,7 +160,7 @@ class Runner(abc.ABC):
     def restore(self) -> None:
         """Takes a failed attempt back."""
         self._step.empty()
-        self._step.count_skipped_from(self._skipped)
+        self._step.count_skipped_from(self._skipped_before)
 
     @abc.abstractmethod
     def forget(self) -> None:
@@ -126,14 +174,16 @@ class AssigningRunner(Runner):
     the variables are remembered for good, and their values for one batch.
     """
 
-    def __init__(self, model: keras.Model, step: Any, backend: Backend) -> None:
+    def __init__(
+        self, model: keras.Model, step: Step, backend: Backend
+    ) -> None:
         super().__init__(model, step)
         self._backend = backend
         step_of_model = model.train_step
         # A `tf.function` is traced by itself, and cannot be overheard.
         step_of_model = getattr(step_of_model, "python_function", step_of_model)
         self._train_step = step_of_model
-        self._assigned: dict[int, Any] = {}
+        # What variables held that an attempt may assign.
         self._before: dict[int, Any] | None = None
 
     def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
@@ -144,13 +194,13 @@ class AssigningRunner(Runner):
         super().remember()
         self._before = {
             key: self._copy(variable)
-            for key, variable in self._assigned.items()
+            for key, variable in self._step.assigned.items()
         }
 
     def restore(self) -> None:
         super().restore()
         for key, before in (self._before or {}).items():
-            self._restore(self._assigned[key], before)
+            self._restore(self._step.assigned[key], before)
 
     def forget(self) -> None:
         self._before = None
@@ -162,11 +212,9 @@ class AssigningRunner(Runner):
         )
 
     def _hear(self, variable: Any) -> None:
-        key = id(variable)
-        self._assigned[key] = variable
         if self._before is not None:
             # In a trace: none of this batch's steps has assigned it yet.
-            self._before[key] = self._backend.outside_of_traces(
+            self._before[id(variable)] = self._backend.outside_of_traces(
                 functools.partial(self._copy, variable)
             )
 

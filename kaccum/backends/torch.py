@@ -11,13 +11,11 @@ import torch
 
 from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
-from kaccum.backends.runner import AssigningRunner, Ran
+from kaccum.backends.runner import AssigningRunner, Ran, Step
 
 
 class TorchBackend(Backend):
     """Sums are tensors."""
-
-    has_traces = False
 
     def new_sums(self, specs: Sequence[SumSpec]) -> list[torch.Tensor]:
         return [_zeros(*spec) for spec in specs]
@@ -86,12 +84,15 @@ class TorchBackend(Backend):
         values = [variable.value for variable in variables]
         return list(torch.autograd.grad(loss(), values, allow_unused=True))
 
-    def held(self, gradients: Sequence[Any]) -> Sequence[Any]:
+    def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         # The next `backward` adds to them in place.
         return [g if g is None else g.clone() for g in gradients]
 
     def is_eager(self) -> bool:
         return True
+
+    def trace(self) -> None:
+        return None
 
     @contextlib.contextmanager
     def positive(self, total: Any, message: str) -> Iterator[None]:
@@ -128,7 +129,7 @@ class TorchBackend(Backend):
     ) -> BaseException:
         return torch.OutOfMemoryError(f"{error}\n{sentence}")
 
-    def runner(self, model: keras.Model, step: Any) -> TorchRunner:
+    def runner(self, model: keras.Model, step: Step) -> TorchRunner:
         return TorchRunner(model, step, self)
 
     def use_full_precision(self) -> None:

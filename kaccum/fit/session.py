@@ -15,8 +15,9 @@ from kaccum.backends import backend
 from kaccum.fit.micro_batches import MicroBatchSize, train_in_parts
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
+from kaccum.step.hearing import on_metrics
 from kaccum.step.hooks import replacing
-from kaccum.step.recording import SKIPPED, current
+from kaccum.step.recording import SKIPPED, thread
 from kaccum.step.training_step import TrainingStep
 
 
@@ -216,9 +217,8 @@ class Session:
             raise
 
     def _get_metrics_result(self) -> Any:
-        recording = current()
-        if recording is not None:
-            return recording.on_metrics(self._get_plain_metrics)
+        if thread.recording is not None:
+            return on_metrics(thread.recording, self._get_plain_metrics)
         # The one call between an epoch's last batch and validation.
         if not callers.is_asked_by("fit", self._model):
             return self._get_plain_metrics()

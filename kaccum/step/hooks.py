@@ -16,7 +16,7 @@ import keras
 from kaccum.backends import backend
 from kaccum.checks import with_inner
 from kaccum.patches import Patch
-from kaccum.step.recording import Recording, telling
+from kaccum.step import hearing
 from kaccum.step.weights import loss_module
 
 FIT = "from `on_train_begin` to the end of the fit"
@@ -48,7 +48,7 @@ class Hook(NamedTuple):
     since: str
     why: str
     owners: Callable[[keras.Model], Sequence[Any]] = lambda model: []
-    heard: Callable[..., Any] = lambda recording, original: original
+    heard: Callable[..., Any] = lambda _, original, *args: original(*args)
     also_inside: bool = False
 
 
@@ -91,51 +91,52 @@ HOOKS = (
          "Keras compiles and distributes what stands there (TensorFlow)."),
     Hook("the model's optimizer", "apply", STEP, "3.0",
          "The gradients go into the sums.",
-         _optimizer, Recording.on_apply, also_inside=True),
+         _optimizer, hearing.on_apply, also_inside=True),
     Hook("the model's optimizer", "apply_gradients", STEP, "3.0",
          "The same, where a step calls this.",
-         _optimizer, Recording.on_apply_gradients, also_inside=True),
+         _optimizer, hearing.on_apply_gradients, also_inside=True),
     Hook("the model's optimizer", "stateless_apply", STEP, "3.0",
          "The same, in steps of JAX.",
-         _optimizer, Recording.on_stateless_apply, also_inside=True),
+         _optimizer, hearing.on_stateless_apply, also_inside=True),
     Hook("the model's optimizer", "scale_loss", STEP, "3.0",
          "Terms of the loss that have no data are scaled as the loss is.",
-         _optimizer, Recording.on_scale_loss, also_inside=True),
-    Hook("keras.optimizers.Optimizer", "apply", STEP, "3.0",
+         _optimizer, hearing.on_scale_loss, also_inside=True),
+    Hook("keras.src.optimizers.base_optimizer.BaseOptimizer", "apply", STEP,
+         "3.0",
          "Updates by another optimizer are refused.",
-         _any_optimizer, Recording.on_other_update, also_inside=True),
+         _any_optimizer, hearing.on_other_update, also_inside=True),
     Hook("the compiled loss", "call", STEP, "3.0",
          "Of what is reduced, only the losses of `compile` count.",
-         _compiled_loss, Recording.on_compiled_loss),
+         _compiled_loss, hearing.on_compiled_loss, also_inside=True),
     Hook("keras.losses.Loss", "__call__", STEP, "3.0",
          "A loss may call others: what those divide by is their business.",
-         _always(keras.losses.Loss), Recording.on_loss),
+         _always(keras.losses.Loss), hearing.on_loss),
     Hook("keras.src.losses.loss", "reduce_weighted_values", STEP, "3.0",
          "The denominator of a loss is the weight of its micro-batch.",
-         _losses, Recording.on_reduction),
+         _losses, hearing.on_reduction),
     Hook("keras.src.losses.loss", "scale_loss_for_distribution", STEP, "3.8",
          "A replica's loss is that of its own micro-batch, not divided by "
          "their number.",
-         _losses, Recording.on_scaling_for_replicas, also_inside=True),
+         _losses, hearing.on_scaling_for_replicas, also_inside=True),
     Hook("keras.src.losses.loss", "unscale_loss_for_distribution", STEP, "3.8",
          "The same, the other way round.",
-         _losses, Recording.on_scaling_for_replicas, also_inside=True),
+         _losses, hearing.on_scaling_for_replicas, also_inside=True),
     Hook("keras.metrics.Mean", "update_state", STEP, "3.0",
          "One number a batch becomes one number a window.",
-         _always(keras.metrics.Mean), Recording.on_mean),
+         _always(keras.metrics.Mean), hearing.on_mean),
     Hook("keras.layers.BatchNormalization", "_moments", STEP, "3.0",
          "Moving statistics advance once an update.",
-         _always(keras.layers.BatchNormalization), Recording.on_moments),
+         _always(keras.layers.BatchNormalization), hearing.on_moments),
     Hook("keras.Variable", "assign", STEP, "3.0",
          "What a step assigns can be taken back.",
-         _always(keras.Variable), Recording.on_assign, also_inside=True),
+         _always(keras.Variable), hearing.on_assign, also_inside=True),
     Hook("jax", "value_and_grad", STEP, "3.0",
          "What is heard while a gradient is taken leaves it, as auxiliary "
          "output.",
-         _differentiating, Recording.on_value_and_grad),
+         _differentiating, hearing.on_value_and_grad),
     Hook("jax", "grad", STEP, "3.0",
          "The same, where a step calls this.",
-         _differentiating, Recording.on_grad),
+         _differentiating, hearing.on_grad),
     Hook(_UPDATES, "_all_reduce_sum_gradients", UPDATE, "3.2",
          "Each replica has the whole gradient, which would be summed again."),
     Hook(_UPDATES, "_overwrite_model_variables_with_average_value", UPDATE,
@@ -199,7 +200,7 @@ def _instead(method: Any, original: Any) -> Any:
 
 
 def _patch_of(hook: Hook, owner: Any) -> Patch:
-    tell = functools.partial(telling, hook.heard, hook.also_inside)
+    tell = functools.partial(hearing.telling, hook.heard, hook.also_inside)
     return Patch(owner, hook.attribute, tell)
 
 

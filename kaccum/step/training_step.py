@@ -43,8 +43,7 @@ class TrainingStep:
         self.sums = Sums(self.optimizer)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
         # Those that the sum does not count.
-        self._skipped_before = 0
-        self._skipped_remembered = 0
+        self._skipped_earlier = 0
         #: Variables that steps assign, by their `id`.
         self.assigned: dict[int, Any] = {}
 
@@ -84,8 +83,8 @@ class TrainingStep:
         with self.backend.after(data):
             recording = Recording(self, data, tell_assigned)
             with recording.running():
-                logs, assigned = train_step(data)
-            recording.assigned.update(assigned)
+                logs, before = train_step(data)
+            recording.before.update(before)
             self._check_applied(recording)
             return recording.commit(logs)
 
@@ -120,9 +119,8 @@ class TrainingStep:
         Raises:
             RuntimeError: If Keras reduced one elsewhere.
         """
-        losses = getattr(self.model._compile_loss, "_flat_losses", None) or []
         own = keras.losses.Loss.__call__
-        if any(type(each.loss).__call__ is own for each in losses):
+        if any(type(loss).__call__ is own for loss in self._losses):
             raise RuntimeError(
                 "Losses must be reduced by Keras's `reduce_weighted_values`, "
                 "where kaccum hears what they divide by, for a micro-batch to "
@@ -130,6 +128,27 @@ class TrainingStep:
                 f"{keras.__version__} reduced elsewhere. Use a version of "
                 "Keras that the documentation of kaccum names."
             )
+
+    def check_means(self) -> None:
+        """Checks that no loss is a sum where that cannot be heard.
+
+        Raises:
+            RuntimeError: If one is.
+        """
+        if any(loss.reduction == "sum" for loss in self._losses):
+            raise RuntimeError(
+                'A loss with `reduction="sum"` must be computed outside of '
+                "a `tf.function`, `tf.cond` or `jax.jit` of the model's own, "
+                "inside of which it is taken for a mean over examples. "
+                f"Received: a {type(self.model).__name__} that computes it "
+                "there."
+            )
+
+    @property
+    def _losses(self) -> list[Any]:
+        """Those of `compile`, which have no public name (Keras 3.0 to 3.15)."""
+        flat = getattr(self.model._compile_loss, "_flat_losses", None) or []
+        return [each.loss for each in flat]
 
     # The open window.
 
@@ -165,12 +184,12 @@ class TrainingStep:
     @property
     def skipped(self) -> int:
         """How many were since `count_skipped_from`."""
-        return self._skipped_before + int(self.sums.skipped)
+        return self._skipped_earlier + int(self.sums.skipped)
 
     def count_skipped_from(self, number: int) -> None:
         """Counts on from a number."""
         self.sums.empty_skipped()
-        self._skipped_before = number
+        self._skipped_earlier = number
 
     def _check_applied(self, recording: Recording) -> None:
         if not recording.applied and self.model.trainable_variables:

@@ -59,7 +59,7 @@ def reduction_of(
 
 
 def weight_of(
-    reductions: Sequence[Reduction], data: Any, *, adds_up: bool
+    reductions: Sequence[Reduction], data: Any, *, are_added_up: bool
 ) -> Any:
     """The weight of a micro-batch.
 
@@ -72,8 +72,8 @@ def weight_of(
             several outputs the first one that is not a sum counts.
         data: The micro-batch. Its number of examples is the weight where the
             denominator is not known.
-        adds_up: Whether the losses are just added up, as Keras does. What a
-            user's code makes of a loss without reduction is hidden.
+        are_added_up: Whether the losses are just added up, as Keras does. What
+            a user's code makes of a loss without reduction is hidden.
 
     Returns:
         Float or scalar float32 tensor, or `None` where all losses are sums,
@@ -83,7 +83,7 @@ def weight_of(
         ValueError: If some losses are sums and others means, which no single
             weight can serve.
     """
-    sums = ("sum", "none") if adds_up else ("sum",)
+    sums = ("sum", "none") if are_added_up else ("sum",)
     others = [each for each in reductions if each.kind not in sums]
     if reductions and not others:
         return None

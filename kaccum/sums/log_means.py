@@ -45,13 +45,13 @@ class LogMean(Totals):
 
     Args:
         number: The first one.
-        adds_up: Whether the numbers of micro-batches add up.
+        is_sum: Whether the numbers of micro-batches add up.
     """
 
-    def __init__(self, number: LogNumber, adds_up: bool) -> None:
+    def __init__(self, number: LogNumber, is_sum: bool) -> None:
         super().__init__([()] * 4, number.metric.dtype)
         self._metric = number.metric
-        self._adds_up = adds_up
+        self._is_sum = is_sum
         self._is_one = number.size is None
 
     def add(self, number: LogNumber, weight: Any, once: Any, kept: Any) -> None:
@@ -71,7 +71,7 @@ class LogMean(Totals):
         old = [part * is_in for part in old]
         value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
         weight = ops.cast(1.0 if weight is None else weight, dtype)
-        value = value - once if self._adds_up else weight * value
+        value = value - once if self._is_sum else weight * value
         size = ops.cast(1.0 if self._is_one else number.size, dtype)
         size = size if self._is_one else old[2] + size
         new = [old[0] + value, old[1] + weight, size, once]
@@ -104,6 +104,6 @@ class LogMean(Totals):
         self._metric.count.assign_add(share - own)
 
     def _number(self, total: Any, weight: Any, size: Any, once: Any) -> Any:
-        if self._adds_up:
+        if self._is_sum:
             return total + once
         return ops.divide_no_nan(total, weight)

@@ -56,11 +56,11 @@ class Sums:
             self.gradients.append(GradientSums(self._optimizer, apply))
         return self.gradients[call]
 
-    def log_mean(self, number: LogNumber, *, adds_up: bool) -> LogMean:
+    def log_mean(self, number: LogNumber, *, is_sum: bool) -> LogMean:
         """Those of a number that a step gives a `Mean`, as of `LogMean`."""
         key = (id(number.metric), number.call)
         if key not in self._log_means:
-            self._log_means[key] = LogMean(number, adds_up)
+            self._log_means[key] = LogMean(number, is_sum)
         return self._log_means[key]
 
     def moments(self, moments: LayerMoments) -> Moments:

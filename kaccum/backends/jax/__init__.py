@@ -17,7 +17,7 @@ from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.jax.runner import JaxRunner
 from kaccum.backends.jax.sums import Sum
-from kaccum.backends.runner import Runner
+from kaccum.backends.runner import Runner, Step
 
 # A GPU's, and that of a compiled step on the processor (JAX 0.10).
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
@@ -206,7 +206,7 @@ class JaxBackend(Backend):
         note = " (not run on a GPU)" if device.platform == "cpu" else ""
         return f"{device.platform.upper()}{note}"
 
-    def runner(self, model: keras.Model, step: Any) -> Runner:
+    def runner(self, model: keras.Model, step: Step) -> Runner:
         return JaxRunner(model, step)
 
 

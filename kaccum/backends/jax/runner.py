@@ -10,7 +10,7 @@ import jax
 import keras
 
 from kaccum.backends.jax.sums import Sum, sharding_of
-from kaccum.backends.runner import Ran, Runner
+from kaccum.backends.runner import Ran, Runner, Step
 
 
 class State(NamedTuple):
@@ -39,7 +39,7 @@ class JaxRunner(Runner):
     weights and the optimizer's variables to change, only to read.
     """
 
-    def __init__(self, model: keras.Model, step: Any) -> None:
+    def __init__(self, model: keras.Model, step: Step) -> None:
         super().__init__(model, step)
         # The model may be compiled with another one before the last update.
         self._optimizer = model.optimizer
@@ -204,14 +204,20 @@ class JaxRunner(Runner):
                 total.value = value
 
     def _held(self) -> list[Any]:
-        """What the sums hold at the end of a function."""
+        """What the sums hold at the end of a function.
+
+        Raises:
+            _NewSums: In a trace that made some: it starts anew, with them.
+        """
         new = [t for t in self._step.sums.all if t not in self._sums]
         if new and self._is_compiled:
             for total in new:
                 total.fill()
             raise _NewSums(new)
         self._sums += new
-        return [_placed(total.value, total.sharding) for total in self._sums]
+        return [
+            _constrained(total.value, total.sharding) for total in self._sums
+        ]
 
     def _placed(self, state: State) -> State:
         """What the variables hold at the end of a function."""
@@ -219,7 +225,7 @@ class JaxRunner(Runner):
             return state
         return State(
             *(
-                [_placed(x, sharding_of(v)) for v, x in zip(group, values)]
+                [_constrained(x, sharding_of(v)) for v, x in zip(group, values)]
                 for group, values in zip(self._variables, state)
             )
         )
@@ -295,7 +301,7 @@ def _check_still(before: State, after: State) -> None:
             )
 
 
-def _placed(value: Any, sharding: Any) -> Any:
+def _constrained(value: Any, sharding: Any) -> Any:
     if sharding is None:
         return value
     return jax.lax.with_sharding_constraint(value, sharding)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 
-from kaccum.backends.runner import Runner
+from kaccum.backends.runner import Runner, Step
 from kaccum.backends.tensorflow.arithmetic import Arithmetic
 from kaccum.backends.tensorflow.batches import Batches
 from kaccum.backends.tensorflow.runner import TensorFlowRunner
@@ -32,7 +30,7 @@ class TensorFlowBackend(Arithmetic, Batches):
             f"{message}\n{sentence}",
         )
 
-    def runner(self, model: keras.Model, step: Any) -> Runner:
+    def runner(self, model: keras.Model, step: Step) -> Runner:
         return TensorFlowRunner(model, step, self)
 
     def use_full_precision(self) -> None:

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from kaccum.backends.base import Backend
-from kaccum.backends.runner import AssigningRunner, Ran
+from kaccum.backends.runner import AssigningRunner, Ran, Step
 from kaccum.backends.tensorflow.calls import CompiledCall, is_dataset
 from kaccum.backends.tensorflow.replicas import local_values
 
@@ -27,7 +27,9 @@ class TensorFlowRunner(AssigningRunner):
     # How the end of the data reaches a train function.
     end_of_data = (StopIteration, tf.errors.OutOfRangeError)
 
-    def __init__(self, model: keras.Model, step: Any, backend: Backend) -> None:
+    def __init__(
+        self, model: keras.Model, step: Step, backend: Backend
+    ) -> None:
         super().__init__(model, step, backend)
         # By whether it is the model's own, which updates.
         self._steps = {
@@ -90,7 +92,7 @@ class TensorFlowRunner(AssigningRunner):
         return logs
 
     def _run_many(
-        self, batches_and_closes: Any, is_plain: bool, may_update: bool
+        self, batches_and_closes: Any, is_plain: bool, _: bool
     ) -> tuple[Any, Any, Any]:
         """The last one's logs, and how many steps and updates there were."""
         batches, closes = batches_and_closes

@@ -1,0 +1,322 @@
+"""What the functions do that stand in for Keras's while a step runs.
+
+`hooks` lists them. Each is called with the recording, what stood there, and the
+arguments of the call; it appends to a list of the recording, and returns what
+the step is to see.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from kaccum import callers
+from kaccum.step import weights
+from kaccum.step.recording import (
+    OF_EXAMPLES,
+    OF_LOSS,
+    Applied,
+    Recording,
+    thread,
+)
+from kaccum.sums.gradients import build_optimizer, variables_of
+from kaccum.sums.log_means import LogNumber
+from kaccum.sums.moments import LayerMoments
+
+Call = Callable[..., Any]
+
+
+def telling(heard: Call, also_inside: bool, original: Call) -> Call:
+    """What stands in for a function of Keras, as of a row of `hooks.HOOKS`."""
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        recording = thread.recording
+        if recording is None or not (also_inside or recording.is_here):
+            return original(*args, **kwargs)
+        return heard(recording, original, *args, **kwargs)
+
+    return tell
+
+
+def on_apply(
+    recording: Recording,
+    original: Call,
+    grads: Any,
+    trainable_variables: Any = None,
+) -> None:
+    """The gradients of a step."""
+    _hear_gradients(recording, original, list(grads), trainable_variables)
+
+
+def on_apply_gradients(
+    recording: Recording, original: Call, grads_and_vars: Any, **options: Any
+) -> Any:
+    """The same, by the older name."""
+
+    def apply(gradients: Any, variables: Any) -> Any:
+        return original(list(zip(gradients, variables)), **options)
+
+    gradients, variables = zip(*grads_and_vars)
+    _hear_gradients(recording, apply, gradients, variables)
+    return recording.step.optimizer.iterations
+
+
+def on_stateless_apply(
+    recording: Recording,
+    original: Call,
+    optimizer_variables: Any,
+    grads: Any,
+    trainable_variables: Any,
+) -> Any:
+    """The same in steps of JAX: `LossScaleOptimizer` has one of its own."""
+    optimizer = recording.step.optimizer
+
+    def apply(gradients: Any, variables: Any) -> None:
+        groups = (variables_of(optimizer), optimizer.variables)
+        trainable, others = ([v.value for v in group] for group in groups)
+        new = original(others, gradients, trainable)
+        for group, values in zip(groups, new):
+            for variable, value in zip(group, values):
+                variable.assign(value)
+
+    _hear_gradients(recording, apply, list(grads), None)
+    return trainable_variables, optimizer_variables
+
+
+def _hear_gradients(
+    recording: Recording, apply: Call, gradients: Any, variables: Any
+) -> None:
+    if not gradients:
+        # All weights are frozen: to Keras's optimizers that is nothing.
+        return
+    if not recording.is_here:
+        raise RuntimeError(
+            "The model's `train_step` must apply gradients outside of a "
+            "`tf.function` or `jax.jit` of its own: they are accumulated "
+            "there, and what was traced would stay. Received: a "
+            f"`train_step` of {type(recording.step.model).__name__} that did "
+            "not."
+        )
+    if variables is None:
+        variables = variables_of(recording.step.optimizer)
+    if not recording.step.is_keras_step:
+        gradients = recording.backend.snapshot(gradients)
+    recording.applied.append(Applied(apply, gradients, variables))
+
+
+def on_other_update(
+    recording: Recording, original: Call, *args: Any, **options: Any
+) -> None:
+    """An update by another optimizer."""
+    raise RuntimeError(
+        "The model's `train_step` must apply gradients by "
+        "`self.optimizer` only, whose gradients are accumulated. Received: "
+        f"a `train_step` of {type(recording.step.model).__name__} that applied "
+        "some by another optimizer."
+    )
+
+
+def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
+    """The loss of a step."""
+    recording.scale = original
+    optimizer = recording.step.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # Until it is built it scales by a constant, which would be
+        # compiled into the step (Keras 3.15).
+        build_optimizer(optimizer, recording.step.model.trainable_variables)
+    return original(loss)
+
+
+def on_compiled_loss(
+    recording: Recording, original: Call, *args: Any, **options: Any
+) -> Any:
+    """The losses that `compile` was given."""
+    if not recording.is_here:
+        loss = original(*args, **options)
+        recording.step.check_means()
+        return loss
+    heard = len(recording.reductions)
+    recording.is_in_loss, recording.depth = True, 0
+    try:
+        loss = original(*args, **options)
+    finally:
+        recording.is_in_loss = False
+    if len(recording.reductions) == heard:
+        recording.step.check_heard()
+    return loss
+
+
+def on_loss(
+    recording: Recording, original: Call, *args: Any, **options: Any
+) -> Any:
+    """One of them, or one that it calls."""
+    recording.depth += 1
+    try:
+        return original(*args, **options)
+    finally:
+        recording.depth -= 1
+
+
+def on_reduction(
+    recording: Recording,
+    original: Call,
+    values: Any,
+    sample_weight: Any = None,
+    mask: Any = None,
+    reduction: str | None = "sum_over_batch_size",
+    dtype: Any = None,
+) -> Any:
+    """How it becomes a number."""
+    if recording.is_in_loss and recording.depth == 1:
+        # Before Keras changes weights and masks in place (PyTorch, 3.15).
+        recording.reductions.append(
+            weights.reduction_of(values, sample_weight, mask, reduction)
+        )
+    return original(values, sample_weight, mask, reduction, dtype)
+
+
+def on_scaling_for_replicas(
+    recording: Recording, original: Call, value: Any
+) -> Any:
+    """What Keras would divide, or multiply, by the number of replicas."""
+    return value
+
+
+def on_mean(
+    recording: Recording,
+    original: Call,
+    metric: Any,
+    values: Any,
+    sample_weight: Any = None,
+) -> Any:
+    """What a `Mean` is given."""
+    size = sample_weight
+    if any(len(getattr(v, "shape", ())) for v in (values, size)):
+        return original(metric, values, size)
+    call = recording.calls[id(metric)]
+    recording.calls[id(metric)] += 1
+    of = OF_LOSS
+    has_regularizers = False
+    if recording.is_in_loss:
+        # The loss of one of several outputs. Keras weights it by the number
+        # of examples only where that is not traced (Keras 3.15).
+        of = slice(len(recording.reductions) - 1, len(recording.reductions))
+        size = size if recording.backend.knows_shapes() else None
+    elif isinstance(metric, keras.metrics.MeanMetricWrapper):
+        # What a metric function returned, a scalar of its own making.
+        of = OF_EXAMPLES
+    else:
+        has_regularizers = True
+    weight = recording.weight(of)
+    is_number = isinstance(size, (int, float))
+    if isinstance(weight, float) and is_number and size == weight:
+        # Keras's own mean over batches is that over all their examples.
+        return original(metric, values, size)
+    values = ops.stop_gradient(ops.convert_to_tensor(values))
+    recording.log_numbers.append(
+        LogNumber(metric, call, values, size, of, has_regularizers)
+    )
+    return None
+
+
+def on_moments(
+    recording: Recording, original: Call, layer: Any, inputs: Any, mask: Any
+) -> Any:
+    """What a `BatchNormalization` normalises with."""
+    mean, variance = original(layer, inputs, mask)
+    if callers.is_keras_normalization():
+        call = recording.calls[id(layer)]
+        recording.calls[id(layer)] += 1
+        recording.moments.append(
+            LayerMoments(
+                layer,
+                call,
+                ops.stop_gradient(mean),
+                ops.stop_gradient(variance),
+                _elements(layer, inputs, mask),
+            )
+        )
+        recording.still |= {id(layer.moving_mean), id(layer.moving_variance)}
+    return mean, variance
+
+
+def on_assign(
+    recording: Recording, original: Call, variable: Any, value: Any
+) -> Any:
+    """What a step assigns, unless an update does that."""
+    if id(variable) in recording.still:
+        recording.still.remove(id(variable))
+        return value
+    if id(variable) not in recording.step.assigned:
+        recording.note_assigned(variable)
+    is_new = id(variable) not in recording.before
+    if recording.may_be_left_out and is_new and recording.is_here:
+        before = recording.backend.before(variable)
+        if before is not None:
+            recording.before[id(variable)] = (variable, before)
+    return original(variable, value)
+
+
+def on_grad(
+    recording: Recording,
+    original: Call,
+    fun: Call,
+    argnums: Any = 0,
+    has_aux: bool = False,
+    *,
+    returns_value: bool = False,
+    **options: Any,
+) -> Call:
+    """A function whose gradient JAX takes: what it tells leaves it."""
+    lists: list[list[Any]]
+    lists = [recording.reductions, recording.log_numbers, recording.moments]
+
+    @functools.wraps(fun)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not recording.is_here:
+            derived = original(fun, argnums, has_aux, **options)
+        else:
+            derived = recording.backend.differentiated(
+                fun,
+                lists,
+                recording.traced_further,
+                argnums=argnums,
+                has_aux=has_aux,
+                returns_value=returns_value,
+                **options,
+            )
+        return derived(*args, **kwargs)
+
+    return call
+
+
+def on_value_and_grad(
+    recording: Recording, original: Call, *args: Any, **options: Any
+) -> Call:
+    """The same, where the value is wanted, too."""
+    return on_grad(recording, original, *args, returns_value=True, **options)
+
+
+def on_metrics(
+    recording: Recording, show: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The model's metrics, which a step asks for."""
+    recording.show, recording.shown = show, show()
+    return recording.shown
+
+
+def _elements(layer: Any, inputs: Any, mask: Any) -> Any:
+    """How many elements the mean of a feature is of, a scalar."""
+    shape = ops.shape(inputs)
+    axis = layer.axis % len(shape)
+    # A number, where the shape is known.
+    size = math.prod(each for i, each in enumerate(shape) if i != axis)
+    size = ops.cast(size, "float32")
+    if mask is None:
+        return size
+    return size * ops.mean(ops.cast(mask, "float32"))
