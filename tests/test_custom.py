@@ -454,6 +454,7 @@ def test_a_sum_that_cannot_be_heard_is_refused(run_eagerly):
         )
 
 
+@needs_graphs
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_step_with_a_compiled_part_is_refused(run_eagerly):
     """Law 5: what it traced would add to the sums in a plain fit, too."""

@@ -532,6 +532,33 @@ def test_a_function_of_ones_own_is_left_alone():
     assert_close(model, plain)
 
 
+@needs_graphs
+def test_a_layer_inside_of_a_conditional_moves_its_own():
+    """What one branch computes cannot be kept outside of it."""
+
+    class Chosen(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.normalization = BatchNormalization(momentum=0.5)
+
+        def build(self, shape):
+            self.normalization.build(shape)
+
+        def call(self, inputs, training=None):
+            return keras.ops.cond(
+                keras.ops.mean(inputs) > -1000.0,
+                lambda: self.normalization(inputs, training=training),
+                lambda: inputs,
+            )
+
+    x, y = data(24)
+    model, plain = model_of([Chosen()]), model_of([Chosen()])
+    with pytest.warns(UserWarning, match="which moves its own"):
+        fit(model, x, y, 4, GradientAccumulationCallback(3))
+    fit(eagerly(plain), x, y, 4)
+    assert_close(model, plain)
+
+
 def mean_of_means(first, second):
     """Micro-batches count alike."""
     calls, _, mean, variance = first
