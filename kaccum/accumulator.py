@@ -131,4 +131,5 @@ class GradientAccumulator:
 
     def reset(self) -> None:
         """Empties the sums: the open window is forgotten."""
+        backend().check_add()
         self._sums.empty()

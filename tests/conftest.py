@@ -169,11 +169,12 @@ def shared_attributes(device):
     """Of what the table of hooks lists, those of classes and modules."""
     from kaccum.step.hooks import HOOKS
 
-    model = types.SimpleNamespace(optimizer=None, _compile_loss=None)
+    model = types.SimpleNamespace(_compile_loss=None)
+    step = types.SimpleNamespace(optimizer=None, model=model)
     return {
         (owner, hook.attribute): getattr(owner, hook.attribute)
         for hook in HOOKS
-        for owner in hook.owners(model)
+        for owner in hook.owners(step)
         if isinstance(owner, (type, types.ModuleType))
     }
 

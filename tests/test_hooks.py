@@ -91,12 +91,13 @@ def replaced(before, after):
 def listed(model, *lasts):
     """What the table says is replaced, by owner and name."""
     found = set()
+    step = types.SimpleNamespace(optimizer=model.optimizer, model=model)
     for hook in HOOKS:
         if hook.lasts not in lasts:
             continue
         if hook.lasts == FIT:
             found.add((model, hook.attribute))
-        found |= {(owner, hook.attribute) for owner in hook.owners(model)}
+        found |= {(owner, hook.attribute) for owner in hook.owners(step)}
     return found
 
 
@@ -252,5 +253,6 @@ def test_a_loss_that_reduces_itself_is_counted_by_examples():
 def test_every_backend_has_a_row_of_its_own_only_where_it_needs_one():
     """JAX takes gradients of functions; the others have none to replace."""
     model = model_that(lambda: None)
-    owners = {h.owner for h in HOOKS if h.lasts == STEP and h.owners(model)}
+    step = types.SimpleNamespace(optimizer=model.optimizer, model=model)
+    owners = {h.owner for h in HOOKS if h.lasts == STEP and h.owners(step)}
     assert ("jax" in owners) == (BACKEND == "jax")

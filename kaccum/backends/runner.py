@@ -57,6 +57,7 @@ class Step(Protocol):
         data: Any,
         train_step: Callable[[Any], tuple[Any, dict[int, Any]]],
         tell_assigned: Callable[[Any], None],
+        whole_state: Callable[[], AbstractContextManager[Any]] = ...,
     ) -> Any:
         """Runs a `train_step` on a micro-batch, which is added to the sums."""
 

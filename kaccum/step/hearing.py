@@ -17,13 +17,7 @@ from keras import ops
 
 from kaccum import callers
 from kaccum.step import weights
-from kaccum.step.recording import (
-    OF_EXAMPLES,
-    OF_LOSS,
-    Applied,
-    Recording,
-    thread,
-)
+from kaccum.step.recording import Applied, Recording, thread
 from kaccum.sums.gradients import build_optimizer, variables_of
 from kaccum.sums.log_means import LogNumber
 from kaccum.sums.moments import LayerMoments
@@ -106,7 +100,8 @@ def _hear_gradients(
         variables = variables_of(recording.step.optimizer)
     if not recording.step.is_keras_step:
         gradients = recording.backend.snapshot(gradients)
-    recording.applied.append(Applied(apply, gradients, variables))
+    before = slice(len(recording.reductions))
+    recording.applied.append(Applied(apply, gradients, list(variables), before))
 
 
 def on_other_update(
@@ -200,7 +195,7 @@ def on_mean(
         return original(metric, values, size)
     call = recording.calls[id(metric)]
     recording.calls[id(metric)] += 1
-    of = OF_LOSS
+    of = slice(len(recording.reductions))
     has_regularizers = False
     if recording.is_in_loss:
         # The loss of one of several outputs. Keras weights it by the number
@@ -209,7 +204,7 @@ def on_mean(
         size = size if recording.backend.knows_shapes() else None
     elif isinstance(metric, keras.metrics.MeanMetricWrapper):
         # What a metric function returned, a scalar of its own making.
-        of = OF_EXAMPLES
+        of = slice(0)
     else:
         has_regularizers = True
     weight = recording.weight(of)
@@ -221,6 +216,8 @@ def on_mean(
     recording.log_numbers.append(
         LogNumber(metric, call, values, size, of, has_regularizers)
     )
+    if not recording.is_in_gradient:
+        recording.add_log_numbers()
     return None
 
 
@@ -273,23 +270,23 @@ def on_grad(
     **options: Any,
 ) -> Call:
     """A function whose gradient JAX takes: what it tells leaves it."""
-    lists: list[list[Any]]
-    lists = [recording.reductions, recording.log_numbers, recording.moments]
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not recording.is_here:
+        # A step may keep this function for the next micro-batch.
+        now = thread.recording
+        if now is None or not now.is_here:
             derived = original(fun, argnums, has_aux, **options)
-        else:
-            derived = recording.backend.differentiated(
-                fun,
-                lists,
-                recording.traced_further,
-                argnums=argnums,
-                has_aux=has_aux,
-                returns_value=returns_value,
-                **options,
-            )
+            return derived(*args, **kwargs)
+        derived = now.backend.differentiated(
+            fun,
+            [now.reductions, now.log_numbers, now.moments],
+            now.traced_further,
+            argnums=argnums,
+            has_aux=has_aux,
+            returns_value=returns_value,
+            **options,
+        )
         return derived(*args, **kwargs)
 
     return call
@@ -306,8 +303,10 @@ def on_metrics(
     recording: Recording, show: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The model's metrics, which a step asks for."""
-    recording.show, recording.shown = show, show()
-    return recording.shown
+    metrics = show()
+    recording.show = show
+    recording.shown.append(dict(metrics))
+    return metrics
 
 
 def _elements(layer: Any, inputs: Any, mask: Any) -> Any:

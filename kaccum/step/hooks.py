@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Hook(NamedTuple):
         lasts: For how long.
         since: The oldest Keras that has it (kaccum needs a newer one).
         why: What for.
-        owners: For a `STEP`, function of the model that returns the owners.
+        owners: For a `STEP`, function of the `TrainingStep` that returns them.
         heard: For a `STEP`, what is called instead: a function of the
             recording, of what stood there, and of the call's arguments.
         also_inside: Whether it also hears what a user's own step traces by
@@ -47,27 +48,28 @@ class Hook(NamedTuple):
     lasts: str
     since: str
     why: str
-    owners: Callable[[keras.Model], Sequence[Any]] = lambda model: []
+    owners: Callable[[Any], Sequence[Any]] = lambda step: []
     heard: Callable[..., Any] = lambda _, original, *args: original(*args)
     also_inside: bool = False
 
 
-def _optimizer(model: keras.Model) -> Sequence[Any]:
-    return [model.optimizer]
+def _optimizer(step: Any) -> Sequence[Any]:
+    return [step.optimizer]
 
 
-def _compiled_loss(model: keras.Model) -> Sequence[Any]:
+def _compiled_loss(step: Any) -> Sequence[Any]:
     # `model.loss` is what the user passed; the object that calls it has no
     # public name (Keras 3.0 to 3.15).
-    return [] if model._compile_loss is None else [model._compile_loss]
+    loss = step.model._compile_loss
+    return [] if loss is None else [loss]
 
 
-def _differentiating(model: keras.Model) -> Sequence[Any]:
+def _differentiating(step: Any) -> Sequence[Any]:
     return backend().differentiating()
 
 
-def _always(owner: Any) -> Callable[[keras.Model], Sequence[Any]]:
-    return lambda model: [owner]
+def _always(owner: Any) -> Callable[[Any], Sequence[Any]]:
+    return lambda step: [owner]
 
 
 # The class that makes every optimizer's updates.
@@ -170,15 +172,15 @@ def replacing(
 
 
 @contextlib.contextmanager
-def overhearing(model: keras.Model) -> Iterator[None]:
-    """Has all that a step of `model` does be heard by the `current` recording.
+def overhearing(step: Any) -> Iterator[None]:
+    """Has all that a `TrainingStep` does be heard by this thread's recording.
 
     To be entered around a whole call, not inside of the step: replicas are
     threads.
     """
     with contextlib.ExitStack() as stack:
         for hook in HOOKS:
-            for owner in hook.owners(model):
+            for owner in hook.owners(step):
                 is_shared = isinstance(owner, (type, types.ModuleType))
                 patch = _shared_patch_of if is_shared else _patch_of
                 stack.enter_context(patch(hook, owner))
@@ -204,5 +206,14 @@ def _patch_of(hook: Hook, owner: Any) -> Patch:
     return Patch(owner, hook.attribute, tell)
 
 
-# One for all models.
-_shared_patch_of = functools.cache(_patch_of)
+_lock = threading.Lock()
+_shared: dict[tuple[int, str], Patch] = {}
+
+
+def _shared_patch_of(hook: Hook, owner: Any) -> Patch:
+    """One for all models, and all threads."""
+    key = (id(owner), hook.attribute)
+    with _lock:
+        if key not in _shared:
+            _shared[key] = _patch_of(hook, owner)
+        return _shared[key]

@@ -7,30 +7,37 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras import ops
 
 from kaccum.step import weights
 from kaccum.step.weights import Reduction
-from kaccum.sums.log_means import LogNumber
+from kaccum.sums.log_means import LogMean, LogNumber
 from kaccum.sums.moments import LayerMoments
+from kaccum.sums.totals import chosen
 
 if TYPE_CHECKING:
     from kaccum.step.training_step import TrainingStep
 
 SKIPPED = "skipped_micro_batches"
-#: Of which reductions a weight is: all, the first of which counts; or none,
-#: which makes it the number of examples.
-OF_LOSS, OF_EXAMPLES = slice(None), slice(0)
 
 
 class Applied(NamedTuple):
-    """A call of the optimizer's `apply`, and what it was given."""
+    """A call of the optimizer's `apply`, and what it was given.
+
+    Args:
+        apply: The function that would have made an update.
+        gradients: Tensors, or `None`s.
+        variables: Theirs.
+        reductions: Of which reductions their weight is: those before the call.
+    """
 
     apply: Callable[..., Any]
     gradients: Sequence[Any]
     variables: Sequence[Any]
+    reductions: slice
 
 
 class Recording:
@@ -44,6 +51,8 @@ class Recording:
         data: The micro-batch, as a `train_step` gets it.
         tell_assigned: Called with each variable that is assigned for the first
             time.
+        whole_state: Makes a context that knows the value of every variable of
+            the model.
     """
 
     def __init__(
@@ -51,11 +60,13 @@ class Recording:
         step: TrainingStep,
         data: Any,
         tell_assigned: Callable[[Any], None],
+        whole_state: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.step = step
         self.backend = step.backend
         self._data = data
         self._tell_assigned = tell_assigned
+        self._whole_state = whole_state
         self._trace = self.backend.trace()
         #: Whether it may be as if this micro-batch had never come. A replica
         #: without examples has done nothing.
@@ -67,17 +78,21 @@ class Recording:
         #: Variables that the step assigned, and what they held before.
         self.before: dict[int, tuple[Any, Any]] = {}
         #: The model's metrics as the step was shown them, and who shows them.
-        self.shown: dict[str, Any] = {}
+        self.shown: list[dict[str, Any]] = []
         self.show: Callable[[], dict[str, Any]] = dict
         #: How the step scales its loss.
         self.scale: Callable[[Any], Any] = lambda loss: loss
-        # Where the step is now: in the losses of `compile`, in so many calls of
-        # a loss; how often it called a metric or layer; what one of these is
-        # about to assign, and an update assigns instead.
+        # Where the step is now: in a function whose gradient JAX takes; in the
+        # losses of `compile`, in so many calls of a loss; how often it called a
+        # metric or layer; what one of these is about to assign, and an update
+        # assigns instead.
+        self.is_in_gradient = False
         self.is_in_loss = False
         self.depth = 0
         self.calls: collections.Counter[int] = collections.Counter()
         self.still: set[int] = set()
+        # What sums held before their numbers were added.
+        self._added: list[tuple[LogMean, list[Any]]] = []
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -100,11 +115,12 @@ class Recording:
     @contextlib.contextmanager
     def traced_further(self) -> Iterator[None]:
         """A context in which what is being traced counts as the step."""
-        outer, self._trace = self._trace, self.backend.trace()
+        outer = self._trace, self.is_in_gradient
+        self._trace, self.is_in_gradient = self.backend.trace(), True
         try:
             yield
         finally:
-            self._trace = outer
+            self._trace, self.is_in_gradient = outer
 
     def commit(self, logs: Any) -> Any:
         """Adds what was heard to the sums of the open window.
@@ -116,26 +132,41 @@ class Recording:
             The logs, those of the window so far.
         """
         sums = self.step.sums
-        weight = self.weight(OF_LOSS)
         kept = self._kept()
         # Before anything changes that is to stay.
         self._undo_unless(kept)
-        once = self._regularizers if weight is None else []
         for call, each in enumerate(self.applied):
+            weight = self.weight(each.reductions)
+            once = self._regularizers if weight is None else []
             sums.of_call(call, each.apply).add(
                 each.gradients, each.variables, weight, kept=kept, once=once
             )
-        for number in self.log_numbers:
-            self._note_metric(number.metric)
-            own_weight = self.weight(number.reductions)
-            is_sum = own_weight is None
-            has_part = is_sum and number.has_regularizers
-            part = self._counted_once() if has_part else 0.0
-            log_mean = sums.log_mean(number, is_sum=is_sum)
-            log_mean.add(number, own_weight, part, kept)
+        is_shown_late = bool(self.log_numbers)
+        self.add_log_numbers(kept)
         for moments in self.moments:
             sums.moments(moments).add(moments, kept)
-        return self._logs(logs, kept)
+        return self._logs(logs, kept, is_shown_late)
+
+    def add_log_numbers(self, kept: Any = True) -> None:
+        """Adds the numbers for the log that were heard since the last call.
+
+        That is at once, for the step may read a metric; but what is heard while
+        JAX takes a gradient waits for the commit.
+        """
+        for number in self.log_numbers:
+            for variable in number.metric.variables:
+                if id(variable) not in self.step.assigned:
+                    self.note_assigned(variable)
+            weight = self.weight(number.reductions)
+            is_sum = weight is None
+            has_part = is_sum and number.has_regularizers
+            part = self._counted_once() if has_part else 0.0
+            log_mean = self.step.sums.log_mean(number, is_sum=is_sum)
+            if self.may_be_left_out and kept is True:
+                values = self.backend.values_of(log_mean.sums)
+                self._added.append((log_mean, values))
+            log_mean.add(number, weight, part, kept)
+        self.log_numbers.clear()
 
     def weight(self, of: slice) -> Any:
         """That of the micro-batch, by some of its reductions."""
@@ -163,11 +194,15 @@ class Recording:
         return ops.logical_and(has_examples, is_finite)
 
     def _undo_unless(self, kept: Any) -> None:
-        """Takes back what the step assigned."""
-        if kept is not True:
-            for variable, before in self.before.values():
-                now = ops.convert_to_tensor(variable)
-                variable.assign(ops.where(kept, now, before))
+        """Takes back what the step assigned, and what was added meanwhile."""
+        if kept is True:
+            return
+        for variable, before in self.before.values():
+            now = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(kept, now, before))
+        for log_mean, old in reversed(self._added):
+            new = self.backend.values_of(log_mean.sums)
+            self.backend.assign(log_mean.sums, chosen(kept, new, old))
 
     @property
     def _regularizers(self) -> list[Callable[[], Any]]:
@@ -183,16 +218,17 @@ class Recording:
         return [functools.partial(term, variable) for variable in regularized]
 
     def _counted_once(self) -> Any:
-        terms = [v.regularizer(v) for v in self.step.regularized]
-        return sum(ops.sum(term) for term in terms)
+        with self._whole_state():
+            terms = [v.regularizer(v) for v in self.step.regularized]
+            return sum(ops.sum(term) for term in terms)
 
-    def _logs(self, logs: Any, kept: Any) -> Any:
+    def _logs(self, logs: Any, kept: Any, is_shown_late: bool) -> Any:
         if not isinstance(logs, dict):
             return logs
-        if self.log_numbers or kept is not True:
-            now, shown = self.show(), self.shown
+        if is_shown_late or kept is not True:
+            now = self.show()
             logs = {
-                key: now[key] if key in shown and value is shown[key] else value
+                key: now[key] if self._is_shown(key, value, now) else value
                 for key, value in logs.items()
             }
         if not self.step.skips:
@@ -201,10 +237,9 @@ class Recording:
         skipped = self.step.sums.skipped * self.backend.replicas()
         return {**logs, SKIPPED: skipped}
 
-    def _note_metric(self, metric: Any) -> None:
-        for variable in metric.variables:
-            if id(variable) not in self.step.assigned:
-                self.note_assigned(variable)
+    def _is_shown(self, key: str, value: Any, now: dict[str, Any]) -> bool:
+        """Whether an entry of the step's logs is one of the model's metrics."""
+        return key in now and any(value is s.get(key) for s in self.shown)
 
     def note_assigned(self, variable: Any) -> None:
         """Says what steps assign, for the first time only."""

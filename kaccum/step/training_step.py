@@ -33,12 +33,12 @@ class TrainingStep:
         self.model = model
         self.optimizer = model.optimizer
         self.skips = skip_nonfinite
-        kind = type(model)
+        step = getattr(model.train_step, "__func__", None)
         #: Whether the step is Keras's own.
-        self.is_keras_step = kind.train_step is keras.Model.train_step
+        self.is_keras_step = step is keras.Model.train_step
         #: Whether nothing but Keras makes one loss of those of `compile`.
         self.adds_losses_up = self.is_keras_step and (
-            kind.compute_loss is keras.Model.compute_loss
+            type(model).compute_loss is keras.Model.compute_loss
         )
         self.sums = Sums(self.optimizer)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
@@ -52,7 +52,7 @@ class TrainingStep:
     @contextlib.contextmanager
     def overheard(self) -> Iterator[None]:
         """Around whatever calls `run`, and not inside: replicas are threads."""
-        with hooks.overhearing(self.model), contextlib.ExitStack() as stack:
+        with hooks.overhearing(self), contextlib.ExitStack() as stack:
             if not self.model.run_eagerly:
                 stack.enter_context(self.backend.making_variables_outside())
             yield
@@ -62,6 +62,9 @@ class TrainingStep:
         data: Any,
         train_step: Callable[[Any], tuple[Any, dict[int, Any]]],
         tell_assigned: Callable[[Any], None],
+        whole_state: Callable[
+            [], contextlib.AbstractContextManager[Any]
+        ] = contextlib.nullcontext,
     ) -> Any:
         """Runs a training step on a micro-batch, which is added to the sums.
 
@@ -70,6 +73,8 @@ class TrainingStep:
             train_step: Function of `data` that returns the logs, and what
                 variables held that it assigned unheard.
             tell_assigned: Called with each variable that it is about to assign.
+            whole_state: Makes a context that knows the value of every variable
+                of the model, also inside of a scope of Keras's.
 
         Returns:
             The logs.
@@ -81,7 +86,7 @@ class TrainingStep:
         # still runs all that does not depend on the batch (TensorFlow 2.21):
         # it would count a micro-batch.
         with self.backend.after(data):
-            recording = Recording(self, data, tell_assigned)
+            recording = Recording(self, data, tell_assigned, whole_state)
             with recording.running():
                 logs, before = train_step(data)
             recording.before.update(before)

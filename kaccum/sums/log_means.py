@@ -72,7 +72,7 @@ class LogMean(Totals):
         value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
         weight = ops.cast(1.0 if weight is None else weight, dtype)
         value = value - once if self._is_sum else weight * value
-        size = ops.cast(1.0 if self._is_one else number.size, dtype)
+        size = ops.cast(1.0 if number.size is None else number.size, dtype)
         size = size if self._is_one else old[2] + size
         new = [old[0] + value, old[1] + weight, size, once]
         new = chosen(kept, new, old)

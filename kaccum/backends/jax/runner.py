@@ -141,7 +141,9 @@ class JaxRunner(Runner):
         variables = self._variables
 
         def train_step(data: Any) -> tuple[Any, dict[int, Any]]:
-            logs, new = self.model.train_step(tuple(state), data)
+            # In lists of its own, which it may change.
+            given = tuple(list(group) for group in state)
+            logs, new = self.model.train_step(given, data)
             assigned = {}
             before = _pairs(variables, state)
             for (variable, old), (_, value) in zip(
@@ -152,9 +154,15 @@ class JaxRunner(Runner):
                     scope.add_update((variable, value))
             return logs, assigned
 
+        def whole_state() -> keras.StatelessScope:
+            # Keras's own scopes know some of the variables only.
+            return _scope(variables, _state_in(scope, variables))
+
         with self._holding(held), _scope(variables, state) as scope:
             with self._step.overheard():
-                logs = self._step.run(data, train_step, lambda variable: None)
+                logs = self._step.run(
+                    data, train_step, lambda variable: None, whole_state
+                )
             new = _state_in(scope, variables)
             _check_still(state, new)
             _, non_trainable, _, metrics = self._placed(new)
