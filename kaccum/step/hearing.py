@@ -30,11 +30,16 @@ def telling(heard: Call, also_inside: bool, original: Call) -> Call:
 
     def tell(*args: Any, **kwargs: Any) -> Any:
         recording = thread.recording
-        if recording is None or not (also_inside or recording.is_here):
+        if recording is None or not (also_inside or is_here(recording)):
             return original(*args, **kwargs)
         return heard(recording, original, *args, **kwargs)
 
     return tell
+
+
+def is_here(recording: Recording) -> bool:
+    """Whether what is called now is traced with the step, or runs with it."""
+    return bool(recording.backend.trace() == recording.trace)
 
 
 def on_apply(
@@ -88,7 +93,7 @@ def _hear_gradients(
     if not gradients:
         # All weights are frozen: to Keras's optimizers that is nothing.
         return
-    if not recording.is_here:
+    if not is_here(recording):
         raise RuntimeError(
             "The model's `train_step` must apply gradients outside of a "
             "`tf.function` or `jax.jit` of its own: they are accumulated "
@@ -131,7 +136,7 @@ def on_compiled_loss(
     recording: Recording, original: Call, *args: Any, **options: Any
 ) -> Any:
     """The losses that `compile` was given."""
-    if not recording.is_here:
+    if not is_here(recording):
         loss = original(*args, **options)
         recording.step.check_means()
         return loss
@@ -252,7 +257,7 @@ def on_assign(
     if id(variable) not in recording.step.assigned:
         recording.note_assigned(variable)
     is_new = id(variable) not in recording.before
-    if recording.may_be_left_out and is_new and recording.is_here:
+    if recording.may_be_left_out and is_new and is_here(recording):
         before = recording.backend.before(variable)
         if before is not None:
             recording.before[id(variable)] = (variable, before)
@@ -275,7 +280,7 @@ def on_grad(
     def call(*args: Any, **kwargs: Any) -> Any:
         # A step may keep this function for the next micro-batch.
         now = thread.recording
-        if now is None or not now.is_here:
+        if now is None or not is_here(now):
             derived = original(fun, argnums, has_aux, **options)
             return derived(*args, **kwargs)
         derived = now.backend.differentiated(

@@ -67,7 +67,10 @@ class Recording:
         self._data = data
         self._tell_assigned = tell_assigned
         self._whole_state = whole_state
-        self._trace = self.backend.trace()
+        #: What is traced with the step, or runs with it. What a user's own
+        #: compiled function does, does not: it is traced once, and outlives
+        #: the step.
+        self.trace = self.backend.trace()
         #: Whether it may be as if this micro-batch had never come. A replica
         #: without examples has done nothing.
         self.may_be_left_out = step.skips or self.backend.may_be_empty(data)
@@ -103,24 +106,15 @@ class Recording:
         finally:
             thread.recording = None
 
-    @property
-    def is_here(self) -> bool:
-        """Whether what is called now is traced with the step, or run with it.
-
-        What a user's own compiled function does is not: it is traced once, and
-        outlives the step.
-        """
-        return bool(self.backend.trace() == self._trace)
-
     @contextlib.contextmanager
     def traced_further(self) -> Iterator[None]:
         """A context in which what is being traced counts as the step."""
-        outer = self._trace, self.is_in_gradient
-        self._trace, self.is_in_gradient = self.backend.trace(), True
+        outer = self.trace, self.is_in_gradient
+        self.trace, self.is_in_gradient = self.backend.trace(), True
         try:
             yield
         finally:
-            self._trace, self.is_in_gradient = outer
+            self.trace, self.is_in_gradient = outer
 
     def commit(self, logs: Any) -> Any:
         """Adds what was heard to the sums of the open window.
