@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -171,20 +170,19 @@ def replacing(
     return Patch(instance, attribute, stand_in)
 
 
-@contextlib.contextmanager
-def overhearing(step: Any) -> Iterator[None]:
-    """Has all that a `TrainingStep` does be heard by this thread's recording.
+def overhearing(step: Any) -> list[Patch]:
+    """Patches that have all that a `TrainingStep` does be heard.
 
-    To be entered around a whole call, not inside of the step: replicas are
-    threads.
+    By the recording of the thread. To be in place around a whole call, not
+    inside of the step: replicas are threads.
     """
-    with contextlib.ExitStack() as stack:
-        for hook in HOOKS:
-            for owner in hook.owners(step):
-                is_shared = isinstance(owner, (type, types.ModuleType))
-                patch = _shared_patch_of if is_shared else _patch_of
-                stack.enter_context(patch(hook, owner))
-        yield
+    patches = []
+    for hook in HOOKS:
+        for owner in hook.owners(step):
+            is_shared = isinstance(owner, (type, types.ModuleType))
+            make = _shared_patch_of if is_shared else _patch_of
+            patches.append(make(hook, owner))
+    return patches
 
 
 def whole_gradients(optimizer: keras.optimizers.Optimizer) -> list[Patch]:

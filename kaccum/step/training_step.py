@@ -41,6 +41,7 @@ class TrainingStep:
             type(model).compute_loss is keras.Model.compute_loss
         )
         self.sums = Sums(self.optimizer)
+        self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
         # Those that the sum does not count.
         self._skipped_earlier = 0
@@ -52,7 +53,7 @@ class TrainingStep:
     @contextlib.contextmanager
     def overheard(self) -> Iterator[None]:
         """Around whatever calls `run`, and not inside: replicas are threads."""
-        with hooks.overhearing(self), contextlib.ExitStack() as stack:
+        with patched(self._hooks), contextlib.ExitStack() as stack:
             if not self.model.run_eagerly:
                 stack.enter_context(self.backend.making_variables_outside())
             yield
