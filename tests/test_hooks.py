@@ -14,6 +14,7 @@ import kaccum
 from kaccum import GradientAccumulationCallback, accumulate
 from kaccum.step import hooks
 from kaccum.step.hooks import FIT, HOOKS, MAKING, STEP, UPDATE
+from kaccum.step.training_step import TrainingStep
 from tests.backends import BACKEND, needs_graphs, needs_strategies
 from tests.reference import strategy_of
 
@@ -214,8 +215,14 @@ def test_the_page_prints_the_table():
     ]
 
 
-def test_a_loss_that_is_reduced_unheard_is_refused(monkeypatch):
-    """A Keras that reduces elsewhere must not be counted by examples."""
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_loss_that_is_reduced_unheard_is_refused(is_told, monkeypatch):
+    """A Keras that reduces elsewhere must not be counted by examples.
+
+    Also one that does not tell which losses there are.
+    """
+    if not is_told:
+        monkeypatch.setattr(TrainingStep, "_losses", None)
     others = [h for h in HOOKS if h.attribute != "reduce_weighted_values"]
     assert len(others) == len(HOOKS) - 1
     monkeypatch.setattr(hooks, "HOOKS", tuple(others))

@@ -335,17 +335,24 @@ def test_a_size_may_become_unknown():
 
     class Weighted(Own):
         def of(self, data):
-            x, y = data
-            loss, gradients = gradients_of(
-                self, lambda: squared(y, self(x, training=True))
-            )
+            x, y, weights = data
+
+            def compute():
+                y_pred = self(x, training=True)
+                return self.compute_loss(x, y, y_pred, weights)
+
+            loss, gradients = gradients_of(self, compute)
             apply(self, gradients, self.trainable_variables)
             self.tracker.update_state(loss, sample_weight=x.shape[0])
             return {"loss": self.tracker.result()}
 
-    model = built(Weighted)
+    # Whose weight is no number, so that the size is kept.
+    loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    data = tf.data.Dataset.from_tensor_slices((X, Y, WEIGHTS)).batch(10)
     ours = GradientAccumulationCallback(micro_batch_size=4)
-    assert np.isfinite(fit(model, 10, ours)["loss"]).all()
+    model = built(Weighted, loss)
+    log = model.fit(data, shuffle=False, verbose=0, callbacks=[ours]).history
+    assert np.isfinite(log["loss"]).all()
 
 
 @on_jax

@@ -125,8 +125,8 @@ class TrainingStep:
         Raises:
             RuntimeError: If Keras reduced one elsewhere.
         """
-        own = keras.losses.Loss.__call__
-        if any(type(loss).__call__ is own for loss in self._losses):
+        own, losses = keras.losses.Loss.__call__, self._losses
+        if losses is None or any(type(x).__call__ is own for x in losses):
             raise RuntimeError(
                 "Losses must be reduced by Keras's `reduce_weighted_values`, "
                 "where kaccum hears what they divide by, for a micro-batch to "
@@ -141,7 +141,7 @@ class TrainingStep:
         Raises:
             RuntimeError: If one is.
         """
-        if any(loss.reduction == "sum" for loss in self._losses):
+        if any(loss.reduction == "sum" for loss in self._losses or []):
             raise RuntimeError(
                 'A loss with `reduction="sum"` must be computed outside of '
                 "a `tf.function`, `tf.cond` or `jax.jit` of the model's own, "
@@ -151,10 +151,13 @@ class TrainingStep:
             )
 
     @property
-    def _losses(self) -> list[Any]:
-        """Those of `compile`, which have no public name (Keras 3.0 to 3.15)."""
-        flat = getattr(self.model._compile_loss, "_flat_losses", None) or []
-        return [each.loss for each in flat]
+    def _losses(self) -> list[Any] | None:
+        """Those of `compile`, as far as Keras tells.
+
+        They have no public name (Keras 3.12 to 3.15).
+        """
+        flat = getattr(self.model._compile_loss, "_flat_losses", None)
+        return None if flat is None else [each.loss for each in flat]
 
     # The open window.
 
