@@ -148,9 +148,6 @@ class Recording:
         JAX takes a gradient waits for the commit.
         """
         for number in self.log_numbers:
-            for variable in number.metric.variables:
-                if id(variable) not in self.step.assigned:
-                    self.note_assigned(variable)
             weight = self.weight(number.reductions)
             is_sum = weight is None
             has_part = is_sum and number.has_regularizers
