@@ -84,7 +84,8 @@ class Watches(keras.callbacks.Callback):
         session = Session.installed_on(self.model)
         (accumulator,) = session._step.sums.gradients
         for variable in self.model.trainable_variables:
-            arrays = variable.value, accumulator._sums[id(variable)].value
+            total = accumulator._entries[id(variable)].total
+            arrays = variable.value, total.value
             parts = [a.sharding.shard_shape(a.shape) for a in arrays]
             self.seen.append((tuple(variable.shape), *parts))
 

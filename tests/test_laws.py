@@ -421,9 +421,9 @@ def test_the_sums_are_freed_after_fit():
     """The sums take memory only while a fit runs."""
     result = fit_micro(Problem(), build_model(Problem()))
     session = Session.of(result.model)
-    assert [len(a._sums) for a in session._step.sums.gradients] == [6]
+    assert [len(a._totals) for a in session._step.sums.gradients] == [6]
     for accumulator in session._step.sums.gradients:
-        for total in accumulator._sums.values():
+        for total in accumulator._totals:
             assert not holds_memory(total)
 
 

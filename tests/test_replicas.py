@@ -469,7 +469,7 @@ def test_each_replica_has_its_own_sums():
     class Look(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             step = self.model.train_function.__self__._step
-            for total in step.sums.gradients[0]._sums.values():
+            for total in step.sums.gradients[0]._totals:
                 sums.append([part.numpy() for part in total.values])
                 devices = {part.device[-5:] for part in total.values}
                 assert devices == {"CPU:0", "CPU:1"}
@@ -638,7 +638,7 @@ def test_sums_of_half_precision_are_float32():
 
     for _ in range(300):
         add()
-    (total,) = accumulator._sums._sums.values()
+    (total,) = accumulator._sums._totals
     assert [part.dtype for part in total.values] == [tf.float32] * 2
     assert [float(part[0]) for part in total.values] == [300 * 2.0**-9] * 2
 

@@ -13,6 +13,27 @@ from kaccum.backends import SumSpec, backend
 from kaccum.sums.totals import chosen
 
 
+class _Entry:
+    """What the sums know of a variable."""
+
+    def __init__(self, variable: Any) -> None:
+        self.variable = variable
+        # Whether it was added in this window, or fit: with or without gradient.
+        self.is_used = True
+        # Whether it has a gradient: in some compiled step, so perhaps in this
+        # window; and in this window, as eager execution knows.
+        self.is_compiled = False
+        self.is_in_window = False
+        # From its first gradient on: that one's dtype, and their sum.
+        self.dtype: Any = None
+        self.total: Any = None
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether its "gradient" is its new value (scales of float8, 3.15)."""
+        return getattr(self.variable, "overwrite_with_gradient", False)
+
+
 class GradientSums:
     """The weighted gradients of the open window, for one optimizer.
 
@@ -32,13 +53,8 @@ class GradientSums:
     ) -> None:
         self._optimizer = optimizer
         self._apply = apply
-        self._variables: dict[int, Any] = {}
-        self._dtypes: dict[int, Any] = {}
-        self._sums: dict[int, Any] = {}
-        # Variables with a gradient: in some compiled step, so perhaps in this
-        # window; and in this window, as eager execution knows.
-        self._compiled: set[int] = set()
-        self._in_window: set[int] = set()
+        # By the `id` of their variables.
+        self._entries: dict[int, _Entry] = {}
         self._is_divided: bool | None = None
         self._once: Sequence[Callable[[], Any]] = ()
         self._backend = backend()
@@ -50,7 +66,7 @@ class GradientSums:
     @property
     def sums(self) -> list[Any]:
         """All of them."""
-        return [*self._numbers, *self._sums.values()]
+        return [*self._numbers, *self._totals]
 
     @property
     def count(self) -> Any:
@@ -83,7 +99,6 @@ class GradientSums:
                 and there are several replicas.
         """
         self._check(gradients, variables, weight)
-        self._variables.update({id(v): v for v in variables})
         self._is_divided = weight is not None
         self._once = once
         numbers = [1.0 if weight is None else weight, 1]
@@ -91,22 +106,24 @@ class GradientSums:
         self._backend.increase(self._numbers, numbers)
         if kept is not True:
             gradients = self._backend.zero_unless(kept, gradients)
+        entries = [self._entry_of(variable) for variable in variables]
         pairs = [
-            (gradient, variable)
-            for gradient, variable in zip(gradients, variables)
+            (gradient, entry)
+            for gradient, entry in zip(gradients, entries)
             if gradient is not None
         ]
-        self._make_sums(pairs)
+        self._make_totals(pairs)
         is_eager = self._backend.is_eager()
-        has_gradient = self._in_window if is_eager else self._compiled
-        has_gradient.update(id(variable) for _, variable in pairs)
-        added = [pair for pair in pairs if not _is_overwritten(pair[1])]
+        for _, entry in pairs:
+            entry.is_in_window |= is_eager
+            entry.is_compiled |= not is_eager
+        added = [pair for pair in pairs if not pair[1].is_overwritten]
         self._backend.add_weighted(
-            [self._sums[id(variable)] for _, variable in added],
+            [entry.total for _, entry in added],
             [gradient for gradient, _ in added],
             numbers[0],
         )
-        self._overwrite([p for p in pairs if _is_overwritten(p[1])])
+        self._overwrite([pair for pair in pairs if pair[1].is_overwritten])
 
     def parts(self, *, releases: bool = False) -> list[Any]:
         """What the replicas of a strategy add up for an update.
@@ -118,7 +135,7 @@ class GradientSums:
         backend = self._backend
         take = backend.take if releases else backend.values_of
         numbers = backend.values_of(self._numbers)
-        return [*numbers, *take(list(self._sums.values()))]
+        return [*numbers, *take(self._totals)]
 
     def close(self, parts: list[Any]) -> None:
         """Makes one update of the window's gradient.
@@ -131,12 +148,13 @@ class GradientSums:
             RuntimeError: If nothing was added. In a graph of TensorFlow it is
                 `tf.errors.InvalidArgumentError` (under XLA nothing is checked).
         """
-        if not self._variables:
+        used = self._used
+        if not used:
             raise RuntimeError(NOTHING_ADDED)
-        weight, count, *sums = parts
+        weight, count, *totals = parts
         with self._backend.positive(count, NOTHING_ADDED):
-            gradients = self._window_gradients(weight, count, sums)
-            self._apply(gradients, list(self._variables.values()))
+            gradients = self._window_gradients(weight, count, totals)
+            self._apply(gradients, [entry.variable for entry in used])
 
     def empty(self, *, releases: bool = False) -> None:
         """Makes the sums zero: the open window is forgotten.
@@ -146,19 +164,41 @@ class GradientSums:
                 zeros. XLA must not compile that.
         """
         self._backend.empty(self._numbers)
-        after = [self._variables.get(key) for key in self._sums]
-        sums = list(self._sums.values())
-        self._backend.empty(sums, after if releases else ())
+        after = [entry.variable for entry in self._with_totals]
+        self._backend.empty(self._totals, after if releases else ())
         if self._backend.is_eager():
-            self._in_window.clear()
+            self._forget_window()
 
     def release(self) -> None:
         """Frees the memory of the sums. `empty` takes it again."""
-        self._backend.release(list(self._sums.values()))
-        self._in_window.clear()
-        if not self._compiled:
+        self._backend.release(self._totals)
+        self._forget_window()
+        if not any(entry.is_compiled for entry in self._entries.values()):
             # Until the next fit, eager code may freeze some of them.
-            self._variables.clear()
+            for entry in self._entries.values():
+                entry.is_used = False
+
+    @property
+    def _used(self) -> list[_Entry]:
+        return [entry for entry in self._entries.values() if entry.is_used]
+
+    @property
+    def _with_totals(self) -> list[_Entry]:
+        entries = self._entries.values()
+        return [entry for entry in entries if entry.total is not None]
+
+    @property
+    def _totals(self) -> list[Any]:
+        return [entry.total for entry in self._with_totals]
+
+    def _entry_of(self, variable: Any) -> _Entry:
+        entry = self._entries.setdefault(id(variable), _Entry(variable))
+        entry.is_used = True
+        return entry
+
+    def _forget_window(self) -> None:
+        for entry in self._entries.values():
+            entry.is_in_window = False
 
     def _check(
         self, gradients: Sequence[Any], variables: Sequence[Any], weight: Any
@@ -184,51 +224,52 @@ class GradientSums:
                 "losses are sums or means. Received: both."
             )
 
-    def _make_sums(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+    def _make_totals(self, pairs: Sequence[tuple[Any, _Entry]]) -> None:
         """For gradients that there are for the first time, in pairs."""
-        specs = {}
-        for gradient, variable in pairs:
-            if id(variable) in self._sums:
-                continue
-            dtype = keras.backend.standardize_dtype(gradient.dtype)
-            self._dtypes[id(variable)] = dtype
-            is_half = dtype in ("float16", "bfloat16")
-            dtype = "float32" if is_half else dtype
-            specs[id(variable)] = SumSpec(variable.shape, dtype, variable)
-        if specs:
-            sums = self._backend.new_sums(list(specs.values()))
-            self._sums.update(zip(specs, sums))
+        new = [(g, entry) for g, entry in pairs if entry.total is None]
+        specs = []
+        for gradient, entry in new:
+            entry.dtype = keras.backend.standardize_dtype(gradient.dtype)
+            is_half = entry.dtype in ("float16", "bfloat16")
+            dtype = "float32" if is_half else entry.dtype
+            shape = entry.variable.shape
+            specs.append(SumSpec(shape, dtype, entry.variable))
+        totals = self._backend.new_sums(specs) if specs else []
+        for (_, entry), total in zip(new, totals):
+            entry.total = total
 
-    def _overwrite(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+    def _overwrite(self, pairs: Sequence[tuple[Any, _Entry]]) -> None:
         """Keeps the largest of "gradients" that are values, in pairs."""
-        for gradient, variable in pairs:
-            _check_replicas(variable, self._backend.replicas())
-            sums = [self._sums[id(variable)]]
-            (largest,) = self._backend.values_of(sums)
-            self._backend.assign(sums, [ops.maximum(largest, gradient)])
+        for gradient, entry in pairs:
+            _check_replicas(entry.variable, self._backend.replicas())
+            (largest,) = self._backend.values_of([entry.total])
+            largest = ops.maximum(largest, gradient)
+            self._backend.assign([entry.total], [largest])
 
     def _window_gradients(
-        self, weight: Any, count: Any, sums: list[Any]
+        self, weight: Any, count: Any, totals: list[Any]
     ) -> list[Any]:
-        totals = dict(zip(self._sums, sums))
+        total_of = dict(zip(self._with_totals, totals))
+        used = self._used
         if self._is_divided:
             divided = [
-                key
-                for key, variable in self._variables.items()
-                if key in totals and not _is_overwritten(variable)
+                entry
+                for entry in used
+                if entry in total_of and not entry.is_overwritten
             ]
-            means = self._backend.divided([totals[k] for k in divided], weight)
-            totals.update(zip(divided, means))
-        has_gradient = self._compiled | self._in_window
+            means = self._backend.divided(
+                [total_of[e] for e in divided], weight
+            )
+            total_of.update(zip(divided, means))
         gradients = [
-            totals[key] if key in has_gradient else None
-            for key in self._variables
+            total_of[entry] if entry.is_compiled or entry.is_in_window else None
+            for entry in used
         ]
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients, count - 1)
         return [
-            g if g is None else ops.cast(g, self._dtypes[key])
-            for g, key in zip(gradients, self._variables)
+            g if g is None else ops.cast(g, entry.dtype)
+            for g, entry in zip(gradients, used)
         ]
 
     def _subtract_repetitions(
@@ -239,7 +280,7 @@ class GradientSums:
         def loss() -> Any:
             return sum(ops.sum(term()) for term in self._once)
 
-        variables = list(self._variables.values())
+        variables = [entry.variable for entry in self._used]
         once = self._backend.gradients_of(loss, variables)
         for i, term in enumerate(once):
             if term is not None and gradients[i] is not None:
@@ -285,8 +326,3 @@ def _check_replicas(variable: Any, replicas: int) -> None:
             f"device to be accumulated. Received: {variable.path!r}, on "
             f"{replicas} replicas."
         )
-
-
-def _is_overwritten(variable: Any) -> bool:
-    # The "gradients" of float8 scales are their new values (Keras 3.15).
-    return getattr(variable, "overwrite_with_gradient", False)

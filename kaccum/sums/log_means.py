@@ -35,6 +35,15 @@ class LogNumber(NamedTuple):
     has_regularizers: bool
 
 
+class _Parts(NamedTuple):
+    """What the window has of a number, as of `LogMean`."""
+
+    total: Any
+    weight: Any
+    size: Any
+    once: Any
+
+
 class LogMean(Totals):
     """A number of the open window, kept up to date in a `Mean` metric.
 
@@ -65,20 +74,20 @@ class LogMean(Totals):
             kept: `True`, or a scalar bool: whether the window keeps it.
         """
         metric, dtype = self._metric, self._metric.dtype
+        old = self._window
         # After a reset of the metric what went before is not in it any more.
-        old = self._backend.values_of(self.sums)
-        is_in = ops.cast(ops.greater_equal(metric.count, old[2]), dtype)
-        old = [part * is_in for part in old]
+        is_in = ops.cast(ops.greater_equal(metric.count, old.size), dtype)
+        old = _Parts(*(part * is_in for part in old))
         value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
         weight = ops.cast(1.0 if weight is None else weight, dtype)
         value = value - once if self._is_sum else weight * value
         size = ops.cast(1.0 if number.size is None else number.size, dtype)
-        size = size if self._is_one else old[2] + size
-        new = [old[0] + value, old[1] + weight, size, once]
-        new = chosen(kept, new, old)
-        change = self._number(*new) * new[2] - self._number(*old) * old[2]
-        metric.total.assign_add(change)
-        metric.count.assign_add(new[2] - old[2])
+        size = size if self._is_one else old.size + size
+        new = _Parts(old.total + value, old.weight + weight, size, once)
+        new = _Parts(*chosen(kept, new, old))
+        before = self._number(old) * old.size
+        metric.total.assign_add(self._number(new) * new.size - before)
+        metric.count.assign_add(new.size - old.size)
         self._backend.assign(self.sums, new)
 
     def parts(self) -> list[Any]:
@@ -93,17 +102,20 @@ class LogMean(Totals):
         """
         if self._backend.replicas() == 1:
             return
-        total, weight, size = parts
-        values = self._backend.values_of(self.sums)
-        _, _, own, once = values
+        own = self._window
+        of_all = _Parts(*parts, own.once)
         # Of a window that counts once, each replica counts a share.
-        share = own / ops.maximum(size, 1.0) if self._is_one else own
-        number = self._number(total, weight, size, once)
-        now = self._number(*values)
-        self._metric.total.assign_add(number * share - now * own)
-        self._metric.count.assign_add(share - own)
+        size = of_all.size
+        share = own.size / ops.maximum(size, 1.0) if self._is_one else own.size
+        change = self._number(of_all) * share - self._number(own) * own.size
+        self._metric.total.assign_add(change)
+        self._metric.count.assign_add(share - own.size)
 
-    def _number(self, total: Any, weight: Any, size: Any, once: Any) -> Any:
+    @property
+    def _window(self) -> _Parts:
+        return _Parts(*self._backend.values_of(self.sums))
+
+    def _number(self, of: _Parts) -> Any:
         if self._is_sum:
-            return total + once
-        return ops.divide_no_nan(total, weight)
+            return of.total + of.once
+        return ops.divide_no_nan(of.total, of.weight)
