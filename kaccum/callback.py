@@ -14,6 +14,7 @@ from kaccum.checks import check_model, is_scaling_losses, received
 from kaccum.fit.micro_batches import MicroBatchSize
 from kaccum.fit.session import Session, is_plain_fit
 from kaccum.fit.window import Schedule, Steps, Window
+from kaccum.step.training_step import Options
 
 
 class GradientAccumulationCallback(keras.callbacks.Callback):
@@ -166,7 +167,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             Window(1),
             is_for_fit=True,
             size=self._size,
-            skip_nonfinite=self.skip_nonfinite,
+            options=Options(self.skip_nonfinite),
             on_update=self.on_update,
         )
 

@@ -296,7 +296,10 @@ class Backend(abc.ABC):
         return ops.copy(ops.convert_to_tensor(variable))
 
     def differentiating(self) -> Sequence[Any]:
-        """The module whose `grad` and `value_and_grad` steps call, if any."""
+        """The module whose `grad` and `value_and_grad` steps call, if any.
+
+        They are called as JAX's are.
+        """
         return ()
 
     def differentiated(

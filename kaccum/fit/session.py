@@ -18,7 +18,7 @@ from kaccum.patches import Patch
 from kaccum.step.hearing import on_metrics
 from kaccum.step.hooks import replacing
 from kaccum.step.recording import SKIPPED, thread
-from kaccum.step.training_step import TrainingStep
+from kaccum.step.training_step import Options, TrainingStep
 
 
 class Session:
@@ -31,7 +31,7 @@ class Session:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self._optimizer = model.optimizer
-        self._runners: dict[bool, Any] = {}
+        self._runners: dict[Options, Any] = {}
         self._runner: Any = None
         self._begin(Window(1), is_for_fit=True)
         self._get_plain_metrics = model.get_metrics_result
@@ -88,7 +88,7 @@ class Session:
         *,
         is_for_fit: bool,
         size: MicroBatchSize | None = None,
-        skip_nonfinite: bool = False,
+        options: Options = Options(),  # noqa: B008
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         """Makes the model's next training steps accumulate.
@@ -98,12 +98,11 @@ class Session:
             is_for_fit: Whether it lasts for the running `fit` only.
             size: Makes each batch a window, cut into micro-batches of this
                 many examples at most. `window` is not asked.
-            skip_nonfinite: Whether to leave out micro-batches with a NaN or
-                infinite gradient.
+            options: What is asked of the step.
             on_update: Called with the number of updates after each one.
         """
         self._begin(window, is_for_fit, size, on_update)
-        self._use_runner(skip_nonfinite)
+        self._use_runner(options)
         for patch in self._patches:
             patch.install()
 
@@ -141,13 +140,13 @@ class Session:
         self._updates = 0
         self._skipped_before = 0
 
-    def _use_runner(self, skip_nonfinite: bool) -> None:
-        if skip_nonfinite not in self._runners:
+    def _use_runner(self, options: Options) -> None:
+        if options not in self._runners:
             with backend().scope_of(self._model):
-                step = TrainingStep(self._model, skip_nonfinite=skip_nonfinite)
+                step = TrainingStep(self._model, options)
             made = backend().runner(self._model, step)
-            self._runners[skip_nonfinite] = (made, step)
-        self._runner, self._step = self._runners[skip_nonfinite]
+            self._runners[options] = (made, step)
+        self._runner, self._step = self._runners[options]
         self._runner.start()
 
     def _keep(self) -> None:
@@ -249,14 +248,14 @@ class Session:
         """Compiles again, as a model that was changed asks for."""
         self.close_window()
         self._skipped_before = self.skipped
-        skips = self._step.skips
+        options = self._step.options
         for patch in reversed(self._patches):
             patch.remove()
         self._make_plain(force=True)
         self._optimizer = self._model.optimizer
         self._runners.clear()
         self._keep()
-        self._use_runner(skips)
+        self._use_runner(options)
         for patch in self._patches:
             patch.install()
 

@@ -105,8 +105,8 @@ def _hear_gradients(
         variables = variables_of(recording.step.optimizer)
     if not recording.step.is_keras_step:
         gradients = recording.backend.snapshot(gradients)
-    before = slice(len(recording.reductions))
-    recording.applied.append(Applied(apply, gradients, list(variables), before))
+    so_far = slice(len(recording.reductions))
+    recording.applied.append(Applied(apply, gradients, list(variables), so_far))
 
 
 def on_other_update(

@@ -19,7 +19,7 @@ from kaccum.patches import Patch
 from kaccum.step import hearing
 from kaccum.step.weights import loss_module
 
-FIT = "from `on_train_begin` to the end of the fit"
+FIT = "during a fit with the callback, or in `accumulate`"
 MAKING = "while Keras makes a train function"
 STEP = "while a training step runs, or is traced"
 UPDATE = "while several replicas make an update"
@@ -173,8 +173,9 @@ def replacing(
 def overhearing(step: Any) -> list[Patch]:
     """Patches that have all that a `TrainingStep` does be heard.
 
-    By the recording of the thread. To be in place around a whole call, not
-    inside of the step: replicas are threads.
+    They are to be in place around a whole call, not inside of the step, for
+    replicas are threads; they do something only inside of a thread's
+    `Recording.running()`.
     """
     patches = []
     for hook in HOOKS:

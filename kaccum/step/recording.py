@@ -119,6 +119,12 @@ class Recording:
     def commit(self, logs: Any) -> Any:
         """Adds what was heard to the sums of the open window.
 
+        A micro-batch that is left out has done nothing: what it assigned is
+        undone, with the log numbers that were added while it ran; what was to
+        be added now (gradients, the other log numbers, moments) counts as
+        nothing; and what waits for the update (optimizer, moving statistics)
+        was never assigned.
+
         Args:
             logs: What the step returned.
 
@@ -126,7 +132,9 @@ class Recording:
             The logs, those of the window so far.
         """
         sums = self.step.sums
-        kept = self._kept()
+        kept, is_skipped = self._decided()
+        if is_skipped is not None:
+            sums.count_skipped(is_skipped)
         # Before anything changes that is to stay.
         self._undo_unless(kept)
         for call, each in enumerate(self.applied):
@@ -167,22 +175,23 @@ class Recording:
             are_added_up=self.step.adds_losses_up,
         )
 
-    def _kept(self) -> Any:
-        """Whether the window keeps the micro-batch: `True`, or scalar bool.
+    def _decided(self) -> tuple[Any, Any]:
+        """Whether the window keeps the micro-batch, and counts it as skipped.
 
-        Counts it, if it has examples and is left out.
+        Returns:
+            `True` or a scalar bool; a scalar bool, or `None` for no.
         """
         if not self.may_be_left_out:
-            return True
+            return True, None
         has_examples = ops.greater(weights.examples_in(self._data), 0.0)
         gradients = [g for each in self.applied for g in each.gradients]
         if not self.step.skips or all(g is None for g in gradients):
-            return has_examples
+            return has_examples, None
         is_finite = self.backend.all_finite(gradients)
-        self.step.sums.count_skipped(
-            ops.logical_and(has_examples, ops.logical_not(is_finite))
+        return (
+            ops.logical_and(has_examples, is_finite),
+            ops.logical_and(has_examples, ops.logical_not(is_finite)),
         )
-        return ops.logical_and(has_examples, is_finite)
 
     def _undo_unless(self, kept: Any) -> None:
         """Takes back what the step assigned, and what was added meanwhile."""

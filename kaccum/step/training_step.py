@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -19,20 +19,32 @@ from kaccum.sums.moments import warn_about
 from kaccum.sums.open_window import Sums
 
 
+class Options(NamedTuple):
+    """What a user asks of a model's training step.
+
+    Args:
+        skip_nonfinite: Whether a micro-batch with a NaN or infinite gradient
+            is left out.
+    """
+
+    skip_nonfinite: bool = False
+
+
 class TrainingStep:
     """A model's training step whose optimizer adds to sums.
 
     Args:
         model: A compiled `keras.Model`.
-        skip_nonfinite: Whether a micro-batch with a NaN or infinite gradient
-            is left out.
+        options: What the user asks of it.
     """
 
-    def __init__(self, model: keras.Model, *, skip_nonfinite: bool) -> None:
+    def __init__(self, model: keras.Model, options: Options) -> None:
         self.backend = backend()
         self.model = model
         self.optimizer = model.optimizer
-        self.skips = skip_nonfinite
+        self.options = options
+        #: Whether a window may leave micro-batches out.
+        self.skips = options.skip_nonfinite
         step = getattr(model.train_step, "__func__", None)
         #: Whether the step is Keras's own.
         self.is_keras_step = step is keras.Model.train_step
@@ -89,8 +101,8 @@ class TrainingStep:
         with self.backend.after(data):
             recording = Recording(self, data, tell_assigned, whole_state)
             with recording.running():
-                logs, before = train_step(data)
-            recording.before.update(before)
+                logs, unheard = train_step(data)
+            recording.before.update(unheard)
             self._check_applied(recording)
             return recording.commit(logs)
 

@@ -103,9 +103,9 @@ class LogMean(Totals):
         if self._backend.replicas() == 1:
             return
         own = self._window
-        of_all = _Parts(*parts, own.once)
+        total, weight, size = parts
+        of_all = _Parts(total, weight, size, own.once)
         # Of a window that counts once, each replica counts a share.
-        size = of_all.size
         share = own.size / ops.maximum(size, 1.0) if self._is_one else own.size
         change = self._number(of_all) * share - self._number(own) * own.size
         self._metric.total.assign_add(change)
