@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import keras
 
 from kaccum.backends import backend
-from kaccum.checks import check_model
+from kaccum.checks import Weight, check_model, check_weight
 from kaccum.fit.session import Session, is_plain_fit
 from kaccum.fit.window import Window, checked_steps
+from kaccum.step.training_step import Options
 
 
 def accumulate(
-    model: keras.Model, steps: int
+    model: keras.Model, steps: int, *, weight: Weight = None
 ) -> contextlib.AbstractContextManager[None]:
     """Makes `model.train_on_batch` accumulate inside a `with` block.
 
@@ -31,10 +32,12 @@ def accumulate(
         model: A compiled `keras.Model`.
         steps: int >= 1, the number of calls that make one update. 1 changes
             nothing.
+        weight: As of `GradientAccumulationCallback`.
 
     Raises:
-        TypeError: If `steps` is not an integer, or `model` no model.
-        ValueError: If it is below 1, the model is not compiled, has no
+        TypeError: If `steps` is not an integer, `model` no model, or `weight`
+            neither "sum" nor a function.
+        ValueError: If `steps` is below 1, the model is not compiled, has no
             optimizer, or one with `gradient_accumulation_steps`.
         RuntimeError: If the model accumulates already or fits inside the
             block, Keras runs on another backend than TensorFlow, JAX or
@@ -60,11 +63,14 @@ def accumulate(
     steps = checked_steps(steps)
     backend()
     check_model(model)
-    return _accumulating(model, steps)
+    check_weight(weight)
+    return _accumulating(model, steps, Options(weight=weight))
 
 
 @contextlib.contextmanager
-def _accumulating(model: keras.Model, steps: int) -> Iterator[None]:
+def _accumulating(
+    model: keras.Model, steps: int, options: Options
+) -> Iterator[None]:
     # It may have been compiled again since.
     check_model(model)
     # Also ends an earlier session that was interrupted.
@@ -80,7 +86,7 @@ def _accumulating(model: keras.Model, steps: int) -> Iterator[None]:
         return
     session = Session.of(model)
     try:
-        session.take_over(Window(steps), is_for_fit=False)
+        session.take_over(Window(steps), is_for_fit=False, options=options)
         yield
         session.close_window()
     finally:

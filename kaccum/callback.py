@@ -10,7 +10,13 @@ import keras
 
 from kaccum.backends import backend
 from kaccum.callers import callbacks_of_fit
-from kaccum.checks import check_model, is_scaling_losses, received
+from kaccum.checks import (
+    Weight,
+    check_model,
+    check_weight,
+    is_scaling_losses,
+    received,
+)
 from kaccum.fit.micro_batches import MicroBatchSize
 from kaccum.fit.session import Session, is_plain_fit
 from kaccum.fit.window import Schedule, Steps, Window
@@ -51,6 +57,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             say moving averages). A window of nothing but such micro-batches
             makes no update. The log of each epoch gets an entry
             `skipped_micro_batches`.
+        weight: "sum", if the loss is a sum over the batch; or a function of
+            `(x, y, sample_weight)` that returns what a micro-batch's mean loss
+            divides by, a scalar (its number of tokens that count, say). By
+            default it is heard and measured in Keras's losses: this is for a
+            loss or a `train_step` of your own that hides it.
         on_update: Function called with the number of updates (int) that this
             fit made so far, after each one. With `steps_per_execution` it is
             called after each execution, once for each update in it.
@@ -97,6 +108,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         *,
         micro_batch_size: int | Literal["auto"] | None = None,
         skip_nonfinite: bool = False,
+        weight: Weight = None,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +130,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "`skip_nonfinite` must be True or False. "
                 f"{received('skip_nonfinite', skip_nonfinite)}"
             )
+        check_weight(weight)
         if on_update is not None and not callable(on_update):
             raise TypeError(
                 "`on_update` must be a function of the number of updates. "
@@ -125,6 +138,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             )
         self.steps = steps if self._schedule is None else self._schedule.steps
         self.skip_nonfinite = skip_nonfinite
+        self.weight = weight
         self.on_update = on_update
         self._session: Session | None = None
         self._skipped = 0
@@ -167,7 +181,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             Window(1),
             is_for_fit=True,
             size=self._size,
-            options=Options(self.skip_nonfinite),
+            options=Options(self.skip_nonfinite, self.weight),
             on_update=self.on_update,
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Union
 
 import keras
 import numpy as np
 
 from kaccum.backends import backend
+
+Weight = Union[Literal["sum"], Callable[[Any, Any, Any], Any], None]
 
 
 def received(name: str, value: Any) -> str:
@@ -78,6 +81,22 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
                 f"{type(each).__name__} with gradient_accumulation_steps="
                 f"{steps}. Leave that argument out."
             )
+
+
+def check_weight(weight: Weight) -> None:
+    """Checks what a user says of the weight of a micro-batch.
+
+    Raises:
+        TypeError, ValueError: If it is neither `None`, "sum", nor a function.
+    """
+    rule = (
+        '`weight` must be "sum", or a function of `(x, y, sample_weight)` that '
+        "returns what the loss of a micro-batch divides by."
+    )
+    if isinstance(weight, str) and weight != "sum":
+        raise ValueError(f"{rule} {received('weight', weight)}")
+    if not (weight is None or weight == "sum" or callable(weight)):
+        raise TypeError(f"{rule} {received('weight', weight)}")
 
 
 def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:

@@ -244,7 +244,7 @@ def own_step(loss, has_variables=True):
     """
 
     def of_tensorflow(self, data):
-        x, y = data
+        x, y, *_ = data
         with tf.GradientTape() as tape:
             value = loss(y, self(x, training=True))
         variables = self.trainable_variables
@@ -256,7 +256,7 @@ def own_step(loss, has_variables=True):
         import jax
 
         trainable, non_trainable, optimizer, metrics = state
-        x, y = data
+        x, y, *_ = data
 
         def compute(trainable, non_trainable):
             y_pred, non_trainable = self.stateless_call(
@@ -276,7 +276,7 @@ def own_step(loss, has_variables=True):
     def of_torch(self, data):
         import torch
 
-        x, y = data
+        x, y, *_ = data
         self.zero_grad()
         value = loss(y, self(x, training=True))
         value.backward()

@@ -198,6 +198,7 @@ def nothing_stays_patched(monkeypatch, shared_attributes):
         assert not session.is_installed, "a model stayed patched"
         step = session._step
         owners = [step.optimizer, step.model._compile_loss]
+        assert "_aggregate_additional_loss" not in vars(step.model)
         for owner in filter(None, owners):
             left = vars(owner).keys() & {hook.attribute for hook in HOOKS}
             assert not left, f"{owner} stayed patched: {left}"

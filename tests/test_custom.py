@@ -361,23 +361,6 @@ def test_tuple_inputs_train_as_the_large_batch():
     assert_same_training(build, (X, X[::-1].copy()))
 
 
-def test_sums_and_means_in_one_model_are_refused():
-    """Law 2: no single weight serves both."""
-    losses = {"p": "mse", "q": keras.losses.MeanAbsoluteError(reduction="sum")}
-    with pytest.raises(
-        ValueError,
-        match="The losses of one model must either all be means or all be "
-        "sums for their gradients to be accumulated exactly. Received: 1 "
-        'losses with a mean reduction and 1 with `reduction="sum"`.',
-    ):
-        two_outputs(losses).fit(
-            {"a": X, "b": X},
-            {"p": Y, "q": Y},
-            verbose=0,
-            callbacks=[GradientAccumulationCallback(2)],
-        )
-
-
 def test_a_step_that_updates_by_itself_is_refused():
     """A step that never calls the optimizer has nothing to accumulate."""
 

@@ -90,7 +90,7 @@ def updates_every_micro_batch(monkeypatch):
 def hears_no_loss(monkeypatch):
     """Weighs masked micro-batches by their examples."""
     hidden = weights.Reduction("hidden")
-    monkeypatch.setattr(weights, "reduction_of", lambda *_: hidden)
+    monkeypatch.setattr(weights, "reduction_of", lambda *_, **__: hidden)
 
 
 WRONG = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 
 def examples_in(batch: Any) -> int:
@@ -38,6 +40,16 @@ def part_of(batch: Any, start: int, end: int) -> Any:
     """
     return keras.tree.map_structure(
         lambda array: None if array is None else array[start:end], batch
+    )
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """The examples of several batches, as one batch."""
+    if len(batches) == 1:
+        return batches[0]
+    return keras.tree.map_structure(
+        lambda *arrays: None if arrays[0] is None else ops.concatenate(arrays),
+        *batches,
     )
 
 

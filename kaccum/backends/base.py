@@ -125,6 +125,19 @@ class Backend(abc.ABC):
             for g in gradients
         ]
 
+    @contextlib.contextmanager
+    def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
+        """A context of a step, in which a second gradient can be taken.
+
+        Of another number than its loss, from the same forward pass. It is
+        entered before that, with a function of `(loss, variables)`.
+        """
+        yield lambda loss, variables: self.gradients_of(lambda: loss, variables)
+
+    def difference(self, gradient: Any, other: Any) -> Any:
+        """A gradient without another one, which may be `None`."""
+        return gradient if other is None else gradient - other
+
     def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         """The gradients as they are now, whatever a step makes of them next."""
         return gradients
@@ -259,15 +272,19 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def cut(
-        self, batch: Any, sizes: list[list[int]], model: keras.Model
+        self, batch: Any, sizes: list[list[int]], model: keras.Model | None
     ) -> Iterator[Any]:
         """The micro-batches of a batch, one after the other.
 
         Args:
             batch: As in `examples_in`.
             sizes: How many examples each of them has, for each replica.
-            model: What trains on them.
+            model: What trains on them; `None` for a batch of one replica.
         """
+
+    def of_one_replica(self, batch: Any) -> Any:
+        """The part of a batch of `fit` that the first replica trains on."""
+        return batch
 
     # Memory.
 
@@ -307,6 +324,7 @@ class Backend(abc.ABC):
         function: Callable[..., Any],
         lists: Sequence[list[Any]],
         traced_further: Callable[[], AbstractContextManager[None]],
+        second: Any,
         *,
         argnums: Any,
         has_aux: bool,
@@ -322,6 +340,7 @@ class Backend(abc.ABC):
             function: The function.
             lists: What `function` appends tensors to, in tuples.
             traced_further: A context in which to call it.
+            second: What `differentiating_twice` gave, or `None`.
             argnums: With respect to which arguments.
             has_aux: Whether it returns more than a value.
             returns_value: Whether its value is wanted, too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -108,6 +109,37 @@ class Runner(abc.ABC):
         Raises:
             StopIteration, tf.errors.OutOfRangeError: If there was no data.
         """
+
+    def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
+        """The next batches, which `run` is to get all the same.
+
+        Args:
+            batches: As of `run`.
+            count: How many there are at most.
+
+        Returns:
+            The batches, and what `run` gets instead.
+
+        Raises:
+            StopIteration, tf.errors.OutOfRangeError: If there was no data.
+        """
+        pulled = list(itertools.islice(batches, count))
+        if not pulled:
+            raise StopIteration
+        return pulled, iter(pulled)
+
+    def look(self, function: Callable[[Any], Any], data: Any) -> Any:
+        """What a function of `data` returns that may change no variable.
+
+        Args:
+            function: It finds the variables as a step would, and returns nested
+                scalars.
+            data: Nested tensors.
+        """
+        # Regularizers ask the scope (Keras 3.15).
+        values = [(v, v.value) for v in self.model.trainable_variables]
+        with keras.StatelessScope(values, collect_losses=True):
+            return function(data)
 
     def update(self) -> int:
         """Makes an update of what was added, without another micro-batch.

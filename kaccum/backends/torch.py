@@ -82,7 +82,12 @@ class TorchBackend(Backend):
         self, loss: Callable[[], Any], variables: Sequence[Any]
     ) -> list[Any]:
         values = [variable.value for variable in variables]
-        return list(torch.autograd.grad(loss(), values, allow_unused=True))
+        # A step goes on from the same forward pass.
+        return list(
+            torch.autograd.grad(
+                loss(), values, allow_unused=True, retain_graph=True
+            )
+        )
 
     def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         # The next `backward` adds to them in place.
@@ -150,6 +155,10 @@ def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
 
 class TorchRunner(AssigningRunner):
     """Runs a training step eagerly."""
+
+    @torch.no_grad()
+    def look(self, function: Callable[[Any], Any], data: Any) -> Any:
+        return super().look(function, data)
 
     def restore(self) -> None:
         # They hold memory.

@@ -11,6 +11,7 @@ from kaccum.backends import Runner, backend
 from kaccum.checks import checked_integer, received
 
 AUTO = "auto"
+FEW = 32
 
 
 class MicroBatchSize:
@@ -91,6 +92,25 @@ class MicroBatchSize:
         """Starts anew: what fits one model may not fit another."""
         if self.is_auto:
             self._most = self._found = None
+
+
+def sample_of(batch: Any, size: MicroBatchSize) -> Any:
+    """A micro-batch of one replica, but of two examples if there are.
+
+    Args:
+        batch: What Keras gives a `train_step`.
+        size: Says how to cut. "auto" does not know yet what fits: few do.
+
+    Raises:
+        ValueError: If the batch cannot be cut.
+    """
+    batch = backend().of_one_replica(batch)
+    examples = sum(backend().examples_in(batch))
+    (count,), *_ = size.parts_of([examples])
+    count = max(min(count, FEW) if size.is_auto else count, 2)
+    if count >= examples:
+        return batch
+    return next(backend().cut(batch, [[count], [examples - count]], None))
 
 
 def train_in_parts(

@@ -12,13 +12,18 @@ import keras
 
 from kaccum import callers
 from kaccum.backends import backend
-from kaccum.fit.micro_batches import MicroBatchSize, train_in_parts
+from kaccum.fit.micro_batches import (
+    MicroBatchSize,
+    sample_of,
+    train_in_parts,
+)
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
 from kaccum.step.hearing import on_metrics
 from kaccum.step.hooks import replacing
 from kaccum.step.recording import SKIPPED, thread
 from kaccum.step.training_step import Options, TrainingStep
+from kaccum.step.weights import examples_in
 
 
 class Session:
@@ -139,6 +144,8 @@ class Session:
         self._on_update = on_update
         self._updates = 0
         self._skipped_before = 0
+        # A micro-batch of one example that losses were tried on.
+        self._single: list[Any] = []
 
     def _use_runner(self, options: Options) -> None:
         if options not in self._runners:
@@ -167,6 +174,9 @@ class Session:
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         is_plain = is_plain_fit(self._model, self._window.steps)
         is_plain = is_plain and not self._step.skips
+        if not is_plain and not self._step.kinds.are_known:
+            pulled, iterator = self._runner.pulled(iterator, len(closes))
+            self._measure(pulled)
         ran = self._runner.run(iterator, closes, is_plain=is_plain)
         self._window.advance(ran.micro_batches)
         self._report(ran.updates)
@@ -178,11 +188,29 @@ class Session:
         """Makes each of the next `count` batches a window."""
         logs = None
         for batch in itertools.islice(iterator, count):
+            if not self._step.kinds.are_known:
+                self._measure([sample_of(batch, size)])
             logs = train_in_parts(batch, size, self._runner, self._add_parts)
             self._update()
         if logs is None:
             raise StopIteration
         return logs
+
+    def _measure(self, batches: list[Any]) -> None:
+        """Learns in the first window what kinds of losses there are."""
+        kinds = self._step.kinds
+        if self._updates > 0 or self._step.options.weight is not None:
+            kinds.are_known = True
+            return
+        of_one = backend().of_one_replica
+        tried = [*self._single, *(of_one(batch) for batch in batches)]
+        # A single example is tried beside itself, and then beside another.
+        is_single = examples_in(tried[0]) == 1
+        tried = (tried * 2)[:2] if is_single else tried[:1]
+        self._single = [] if not is_single or self._single else tried[:1]
+        kinds.are_known = (
+            self._step.measure(tried, self._runner.look) and not self._single
+        )
 
     def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
         # Until the update, which comes afterwards, no weight changes.

@@ -30,7 +30,9 @@ def telling(heard: Call, also_inside: bool, original: Call) -> Call:
 
     def tell(*args: Any, **kwargs: Any) -> Any:
         recording = thread.recording
-        if recording is None or not (also_inside or is_here(recording)):
+        if recording is None or not recording.hears(heard):
+            return original(*args, **kwargs)
+        if not (also_inside or is_here(recording)):
             return original(*args, **kwargs)
         return heard(recording, original, *args, **kwargs)
 
@@ -106,7 +108,15 @@ def _hear_gradients(
     if not recording.step.is_keras_step:
         gradients = recording.backend.snapshot(gradients)
     so_far = slice(len(recording.reductions))
-    recording.applied.append(Applied(apply, gradients, list(variables), so_far))
+    recording.applied.append(
+        Applied(
+            apply,
+            gradients,
+            list(variables),
+            so_far,
+            recording.undivided_gradients,
+        )
+    )
 
 
 def on_other_update(
@@ -129,6 +139,12 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
         # Until it is built it scales by a constant, which would be
         # compiled into the step (Keras 3.15).
         build_optimizer(optimizer, recording.step.model.trainable_variables)
+    if recording.second_gradients is not None and recording.undivided:
+        # On JAX this is in what it takes the gradient of, which goes on there.
+        recording.undivided_gradients = recording.second_gradients(
+            original(recording.undivided_loss),
+            recording.step.model.trainable_weights,
+        )
     return original(loss)
 
 
@@ -156,6 +172,8 @@ def on_loss(
 ) -> Any:
     """One of them, or one that it calls."""
     recording.depth += 1
+    if recording.depth == 1:
+        recording.loss = args[0]
     try:
         return original(*args, **options)
     finally:
@@ -172,12 +190,33 @@ def on_reduction(
     dtype: Any = None,
 ) -> Any:
     """How it becomes a number."""
-    if recording.is_in_loss and recording.depth == 1:
-        # Before Keras changes weights and masks in place (PyTorch, 3.15).
-        recording.reductions.append(
-            weights.reduction_of(values, sample_weight, mask, reduction)
+    if not recording.is_in_loss or recording.depth != 1:
+        return original(values, sample_weight, mask, reduction, dtype)
+    is_sum = recording.step.kinds.of(recording.loss) == "sum"
+    # Before Keras changes weights and masks in place (PyTorch, 3.15).
+    recording.reductions.append(
+        weights.reduction_of(
+            values, sample_weight, mask, reduction, is_sum=is_sum
         )
-    return original(values, sample_weight, mask, reduction, dtype)
+    )
+    if recording.reductions[-1].kind == "hidden":
+        recording.step.kinds.warn_of_hidden(recording.loss)
+    value = original(values, sample_weight, mask, reduction, dtype)
+    recording.reduced(value)
+    return value
+
+
+def on_added_loss(recording: Recording, original: Call, loss: Any) -> Any:
+    """What a layer added, or a regularizer: Keras sums its elements."""
+    call = recording.calls["added"]
+    recording.calls["added"] += 1
+    kind = recording.step.kinds.of_added(call)
+    if len(loss.shape) > 0 or kind == "sum":
+        recording.reductions.append(weights.Reduction("sum"))
+        recording.undivided.append(ops.sum(loss))
+    elif kind == "mean":
+        recording.reductions.append(weights.Reduction("hidden"))
+    return original(loss)
 
 
 def on_scaling_for_replicas(
@@ -200,7 +239,7 @@ def on_mean(
         return original(metric, values, size)
     call = recording.calls[id(metric)]
     recording.calls[id(metric)] += 1
-    of = slice(len(recording.reductions))
+    of: slice | None = slice(len(recording.reductions))
     has_regularizers = False
     if recording.is_in_loss:
         # The loss of one of several outputs. Keras weights it by the number
@@ -209,17 +248,22 @@ def on_mean(
         size = size if recording.backend.knows_shapes() else None
     elif isinstance(metric, keras.metrics.MeanMetricWrapper):
         # What a metric function returned, a scalar of its own making.
-        of = slice(0)
+        of = None
     else:
         has_regularizers = True
     weight = recording.weight(of)
     is_number = isinstance(size, (int, float))
+    has_undivided = has_regularizers and recording.step.is_mixed
     if isinstance(weight, float) and is_number and size == weight:
-        # Keras's own mean over batches is that over all their examples.
-        return original(metric, values, size)
+        if not has_undivided:
+            # Keras's own mean over batches is that over all their examples.
+            return original(metric, values, size)
     values = ops.stop_gradient(ops.convert_to_tensor(values))
+    undivided = 0.0
+    if has_undivided:
+        undivided = ops.stop_gradient(recording.undivided_loss)
     recording.log_numbers.append(
-        LogNumber(metric, call, values, size, of, has_regularizers)
+        LogNumber(metric, call, values, size, of, has_regularizers, undivided)
     )
     if not recording.is_in_gradient:
         recording.add_log_numbers()
@@ -285,8 +329,9 @@ def on_grad(
             return derived(*args, **kwargs)
         derived = now.backend.differentiated(
             fun,
-            [now.reductions, now.log_numbers, now.moments],
+            [now.reductions, now.log_numbers, now.moments, now.undivided],
             now.traced_further,
+            now.second_gradients,
             argnums=argnums,
             has_aux=has_aux,
             returns_value=returns_value,
@@ -312,6 +357,10 @@ def on_metrics(
     recording.show = show
     recording.shown.append(dict(metrics))
     return metrics
+
+
+#: Of the handlers above, those that tell what a loss is.
+OF_LOSSES = (on_compiled_loss, on_loss, on_reduction, on_scaling_for_replicas)
 
 
 def _elements(layer: Any, inputs: Any, mask: Any) -> Any:

@@ -56,6 +56,10 @@ def _optimizer(step: Any) -> Sequence[Any]:
     return [step.optimizer]
 
 
+def _model(step: Any) -> Sequence[Any]:
+    return [step.model]
+
+
 def _compiled_loss(step: Any) -> Sequence[Any]:
     # `model.loss` is what the user passed; the object that calls it has no
     # public name (Keras 3.0 to 3.15).
@@ -112,6 +116,9 @@ HOOKS = (
     Hook("keras.losses.Loss", "__call__", STEP, "3.0",
          "A loss may call others: what those divide by is their business.",
          _always(keras.losses.Loss), hearing.on_loss),
+    Hook("the model", "_aggregate_additional_loss", STEP, "3.2",
+         "What a layer adds for each example is summed, so it is no mean.",
+         _model, hearing.on_added_loss),
     Hook("keras.src.losses.loss", "reduce_weighted_values", STEP, "3.0",
          "The denominator of a loss is the weight of its micro-batch.",
          _losses, hearing.on_reduction),

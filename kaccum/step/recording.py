@@ -32,12 +32,15 @@ class Applied(NamedTuple):
         gradients: Tensors, or `None`s.
         variables: Theirs.
         reductions: Of which reductions their weight is: those before the call.
+        undivided: The gradients of those losses that are sums, beside others
+            that are means, or `None`.
     """
 
     apply: Callable[..., Any]
     gradients: Sequence[Any]
     variables: Sequence[Any]
     reductions: slice
+    undivided: Sequence[Any] | None
 
 
 class Recording:
@@ -76,6 +79,11 @@ class Recording:
         self.may_be_left_out = step.skips or self.backend.may_be_empty(data)
         self.applied: list[Applied] = []
         self.reductions: list[Reduction] = []
+        #: Of losses that are sums, beside others that are means: their terms of
+        #: the loss, and what computes a gradient of them, if it is wanted.
+        self.undivided: list[Any] = []
+        self.undivided_gradients: Sequence[Any] | None = None
+        self.second_gradients: Any = None
         self.log_numbers: list[LogNumber] = []
         self.moments: list[LayerMoments] = []
         #: Variables that the step assigned, and what they held before.
@@ -86,13 +94,14 @@ class Recording:
         #: How the step scales its loss.
         self.scale: Callable[[Any], Any] = lambda loss: loss
         # Where the step is now: in a function whose gradient JAX takes; in the
-        # losses of `compile`, in so many calls of a loss; how often it called a
-        # metric or layer; what one of these is about to assign, and an update
-        # assigns instead.
+        # losses of `compile`, in so many calls of a loss, of which this is the
+        # outermost; how often it called a metric or layer; what one of these is
+        # about to assign, and an update assigns instead.
         self.is_in_gradient = False
         self.is_in_loss = False
         self.depth = 0
-        self.calls: collections.Counter[int] = collections.Counter()
+        self.loss: Any = None
+        self.calls: collections.Counter[Any] = collections.Counter()
         self.still: set[int] = set()
         # What sums held before their numbers were added.
         self._added: list[tuple[LogMean, list[Any]]] = []
@@ -115,6 +124,23 @@ class Recording:
             yield
         finally:
             self.trace, self.is_in_gradient = outer
+
+    def hears(self, handler: Callable[..., Any]) -> bool:
+        """Whether it is to be told what a handler is called for: of all."""
+        return True
+
+    def reduced(self, value: Any) -> None:
+        """Is told what number a loss of `compile` is."""
+        if self.step.is_mixed and self.reductions[-1].kind in weights.SUMS:
+            call = self.calls[id(self.loss)]
+            self.calls[id(self.loss)] += 1
+            share = self.step.loss_weight(self.loss, call)
+            self.undivided.append(share * ops.sum(value))
+
+    @property
+    def undivided_loss(self) -> Any:
+        """The part of the loss that is a sum beside means: a scalar."""
+        return sum(self.undivided, 0.0)
 
     def commit(self, logs: Any) -> Any:
         """Adds what was heard to the sums of the open window.
@@ -141,7 +167,12 @@ class Recording:
             weight = self.weight(each.reductions)
             once = self._regularizers if weight is None else []
             sums.of_call(call, each.apply).add(
-                each.gradients, each.variables, weight, kept=kept, once=once
+                each.gradients,
+                each.variables,
+                weight,
+                kept=kept,
+                once=once,
+                undivided=each.undivided,
             )
         is_shown_late = bool(self.log_numbers)
         self.add_log_numbers(kept)
@@ -167,12 +198,22 @@ class Recording:
             log_mean.add(number, weight, part, kept)
         self.log_numbers.clear()
 
-    def weight(self, of: slice) -> Any:
-        """That of the micro-batch, by some of its reductions."""
+    def weight(self, of: slice | None) -> Any:
+        """That of the micro-batch, by some of its reductions.
+
+        By `None` it is the number of examples.
+        """
+        if of is None:
+            return weights.examples_in(self._data)
+        if self.step.is_sum:
+            return None
+        if callable(self.step.options.weight):
+            return weights.said(self.step.options.weight, self._data)
         return weights.weight_of(
-            self.reductions[of],
+            self.step.counted(self.reductions[of]),
             self._data,
             are_added_up=self.step.adds_losses_up,
+            are_mixed=self.step.is_mixed,
         )
 
     def _decided(self) -> tuple[Any, Any]:
@@ -209,10 +250,10 @@ class Recording:
         """Functions that return the terms of the loss that have no data."""
 
         # Not of `self`, which would outlive the step with all it holds.
-        scale = self.scale
+        scale, share = self.scale, self.step.kinds.share
 
         def term(variable: Any) -> Any:
-            return scale(variable.regularizer(variable))
+            return scale(share * variable.regularizer(variable))
 
         regularized = self.step.regularized
         return [functools.partial(term, variable) for variable in regularized]
@@ -220,7 +261,8 @@ class Recording:
     def _counted_once(self) -> Any:
         with self._whole_state():
             terms = [v.regularizer(v) for v in self.step.regularized]
-            return sum(ops.sum(term) for term in terms)
+            total = sum(ops.sum(term) for term in terms)
+            return self.step.kinds.share * total
 
     def _logs(self, logs: Any, kept: Any, is_shown_late: bool) -> Any:
         if not isinstance(logs, dict):
@@ -251,7 +293,7 @@ class Recording:
 class _Thread(threading.local):
     """What a thread, which may be a replica, runs."""
 
-    recording: Recording | None = None
+    recording: Any = None
 
 
 thread = _Thread()

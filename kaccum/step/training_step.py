@@ -6,7 +6,7 @@ Knows no framework, and not when a window closes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -14,7 +14,9 @@ import keras
 from kaccum.backends import backend
 from kaccum.patches import patched
 from kaccum.step import hooks
+from kaccum.step.kinds import MEAN, SUM, Kinds, measure
 from kaccum.step.recording import Recording
+from kaccum.step.weights import SUMS, Reduction
 from kaccum.sums.moments import warn_about
 from kaccum.sums.open_window import Sums
 
@@ -25,9 +27,13 @@ class Options(NamedTuple):
     Args:
         skip_nonfinite: Whether a micro-batch with a NaN or infinite gradient
             is left out.
+        weight: "sum", for a loss that is one; or a function of `(x, y,
+            sample_weight)` that returns the denominator of a micro-batch's
+            loss. With `None` it is heard.
     """
 
     skip_nonfinite: bool = False
+    weight: Any = None
 
 
 class TrainingStep:
@@ -52,6 +58,8 @@ class TrainingStep:
         self.adds_losses_up = self.is_keras_step and (
             type(model).compute_loss is keras.Model.compute_loss
         )
+        #: What kinds of numbers the losses are.
+        self.kinds = Kinds()
         self.sums = Sums(self.optimizer)
         self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
@@ -59,6 +67,39 @@ class TrainingStep:
         self._skipped_earlier = 0
         #: Variables that steps assign, by their `id`.
         self.assigned: dict[int, Any] = {}
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss of a step is a sum, whatever its losses are."""
+        return self.options.weight == "sum" or self.kinds.total == SUM
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether sums beside means are kept apart: their gradients, too."""
+        return self.adds_losses_up and self.kinds.are_mixed
+
+    def loss_weight(self, loss: Any, call: int) -> Any:
+        """What Keras multiplies a loss of `compile` by.
+
+        Args:
+            loss: The loss.
+            call: Tells apart several outputs that have it.
+        """
+        flat = self.model._compile_loss._flat_losses
+        weights = [each.loss_weights for each in flat if each.loss is loss]
+        weight = weights[call] if call < len(weights) else None
+        return 1.0 if weight is None else weight
+
+    def counted(self, reductions: Sequence[Reduction]) -> Sequence[Reduction]:
+        """Those of the reductions that say what weight a micro-batch has."""
+        if self.kinds.total != MEAN:
+            return reductions
+        # An own `compute_loss` has made a mean of them.
+        return [each for each in reductions if each.kind not in SUMS]
+
+    def measure(self, batches: list[Any], look: Callable[..., Any]) -> bool:
+        """Learns what kinds of numbers the losses are, as of `measure`."""
+        return measure(self, batches, look)
 
     # A micro-batch.
 
@@ -100,7 +141,11 @@ class TrainingStep:
         # it would count a micro-batch.
         with self.backend.after(data):
             recording = Recording(self, data, tell_assigned, whole_state)
-            with recording.running():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(recording.running())
+                if self.is_mixed:
+                    again = self.backend.differentiating_twice()
+                    recording.second_gradients = stack.enter_context(again)
                 logs, unheard = train_step(data)
             recording.before.update(unheard)
             self._check_applied(recording)

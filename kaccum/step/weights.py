@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -18,6 +18,7 @@ from keras.src.losses import loss as loss_module
 # micro-batches must not lose. Beside any other weight it is below rounding.
 OF_NOTHING = 2.0**-40
 
+SUMS = ("sum", "none")
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
@@ -36,7 +37,12 @@ class Reduction(NamedTuple):
 
 
 def reduction_of(
-    values: Any, sample_weight: Any, mask: Any, reduction: str | None
+    values: Any,
+    sample_weight: Any,
+    mask: Any,
+    reduction: str | None,
+    *,
+    is_sum: bool = False,
 ) -> Reduction:
     """What `keras/src/losses/loss.py` divides the sum of `values` by.
 
@@ -45,9 +51,10 @@ def reduction_of(
         sample_weight: Their weights, or `None`.
         mask: Which of them count, or `None`.
         reduction: That of the loss.
+        is_sum: Whether a loss that returns one number is known to be a sum.
     """
     if tuple(values.shape) == ():
-        return Reduction("hidden")
+        return Reduction("sum" if is_sum else "hidden")
     if reduction not in MEANS:
         return Reduction("sum" if reduction == "sum" else "none")
     denominator = _denominator(values, sample_weight, mask, reduction)
@@ -59,7 +66,11 @@ def reduction_of(
 
 
 def weight_of(
-    reductions: Sequence[Reduction], data: Any, *, are_added_up: bool
+    reductions: Sequence[Reduction],
+    data: Any,
+    *,
+    are_added_up: bool,
+    are_mixed: bool = False,
 ) -> Any:
     """The weight of a micro-batch.
 
@@ -74,6 +85,8 @@ def weight_of(
             denominator is not known.
         are_added_up: Whether the losses are just added up, as Keras does. What
             a user's code makes of a loss without reduction is hidden.
+        are_mixed: Whether sums beside means are kept apart: the weight is that
+            of the means.
 
     Returns:
         Float or scalar float32 tensor, or `None` where all losses are sums,
@@ -83,29 +96,53 @@ def weight_of(
         ValueError: If some losses are sums and others means, which no single
             weight can serve.
     """
-    sums = ("sum", "none") if are_added_up else ("sum",)
+    sums = SUMS if are_added_up else ("sum",)
     others = [each for each in reductions if each.kind not in sums]
     if reductions and not others:
         return None
-    if len(others) < len(reductions):
+    if len(others) < len(reductions) and not are_mixed:
         raise ValueError(
-            "The losses of one model must either all be means or all be sums "
-            "for their gradients to be accumulated exactly. Received: "
-            f"{len(others)} losses with a mean reduction and "
-            f'{len(reductions) - len(others)} with `reduction="sum"`. Use '
-            "one kind of reduction, and `loss_weights` for the balance."
+            "The losses of one model, with those of `add_loss`, must either "
+            "all be means or all be sums for their gradients to be accumulated "
+            f"exactly. Received: {len(others)} losses that are means, and "
+            f"{len(reductions) - len(others)} that are sums. Use one kind of "
+            "reduction, and `loss_weights` for the balance."
         )
     if others and others[0].denominator is not None:
         return others[0].denominator
     return examples_in(data)
 
 
+def said(weight: Callable[..., Any], data: Any) -> Any:
+    """The weight of a micro-batch that a function of the user's own computes.
+
+    Args:
+        weight: Function of `(x, y, sample_weight)` that returns a scalar.
+        data: The micro-batch.
+
+    Returns:
+        Scalar float32 tensor.
+
+    Raises:
+        ValueError: If it returns something else.
+    """
+    value = weight(*keras.utils.unpack_x_y_sample_weight(data))
+    value = ops.cast(ops.convert_to_tensor(value), "float32")
+    if tuple(value.shape) != ():
+        raise ValueError(
+            "The function `weight` must return a number, or a scalar tensor. "
+            f"Received: a tensor of shape {tuple(value.shape)}."
+        )
+    return ops.where(ops.equal(value, 0.0), OF_NOTHING, value)
+
+
 def examples_in(data: Any) -> Any:
     """The number of examples in a batch of `fit`.
 
     Args:
-        data: What a `train_step` gets. Its first array that is not a scalar
-            has the examples along its first axis.
+        data: What a `train_step` gets. The first array of its targets, or of
+            all of it where there are none, has the examples along its first
+            axis. (An input may have others: the nodes of a batch of graphs.)
 
     Returns:
         A float, or a scalar float32 tensor where it is not known beforehand.
@@ -113,7 +150,9 @@ def examples_in(data: Any) -> Any:
     Raises:
         ValueError: If there is no such array.
     """
-    for leaf in keras.tree.flatten(data):
+    has_targets = isinstance(data, (tuple, list)) and len(data) in (2, 3)
+    targets = data[1] if has_targets else None
+    for leaf in keras.tree.flatten([targets, data]):
         if leaf is not None and len(leaf.shape) > 0:
             count = leaf.shape[0]
             if count is not None:

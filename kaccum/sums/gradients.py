@@ -24,9 +24,11 @@ class _Entry:
         # window; and in this window, as eager execution knows.
         self.is_compiled = False
         self.is_in_window = False
-        # From its first gradient on: that one's dtype, and their sum.
+        # From its first gradient on: that one's dtype, and their sum; and the
+        # sum of those parts that count undivided, if there ever was one.
         self.dtype: Any = None
         self.total: Any = None
+        self.undivided: Any = None
 
     @property
     def is_overwritten(self) -> bool:
@@ -81,6 +83,7 @@ class GradientSums:
         *,
         kept: Any = True,
         once: Sequence[Callable[[], Any]] = (),
+        undivided: Sequence[Any] | None = None,
     ) -> None:
         """Adds the gradients of one micro-batch.
 
@@ -92,6 +95,8 @@ class GradientSums:
             kept: `True`, or a scalar bool: whether the window keeps it.
             once: Functions that return the terms of a sum that do not depend on
                 the data. They count once a window.
+            undivided: The parts of the gradients that add up as they are, in
+                the same order.
 
         Raises:
             ValueError: As `GradientAccumulator.add`.
@@ -106,6 +111,10 @@ class GradientSums:
         self._backend.increase(self._numbers, numbers)
         if kept is not True:
             gradients = self._backend.zero_unless(kept, gradients)
+            if undivided is not None:
+                undivided = self._backend.zero_unless(kept, undivided)
+        if undivided is not None:
+            gradients = self._add_undivided(gradients, variables, undivided)
         entries = [self._entry_of(variable) for variable in variables]
         pairs = [
             (gradient, entry)
@@ -164,7 +173,8 @@ class GradientSums:
                 zeros. XLA must not compile that.
         """
         self._backend.empty(self._numbers)
-        after = [entry.variable for entry in self._with_totals]
+        entries = [*self._with_totals, *self._with_undivided]
+        after = [entry.variable for entry in entries]
         self._backend.empty(self._totals, after if releases else ())
         if self._backend.is_eager():
             self._forget_window()
@@ -189,7 +199,15 @@ class GradientSums:
 
     @property
     def _totals(self) -> list[Any]:
-        return [entry.total for entry in self._with_totals]
+        """Those of the entries, in order, and then those of undivided parts."""
+        return [
+            *(entry.total for entry in self._with_totals),
+            *(entry.undivided for entry in self._with_undivided),
+        ]
+
+    @property
+    def _with_undivided(self) -> list[_Entry]:
+        return [e for e in self._with_totals if e.undivided is not None]
 
     def _entry_of(self, variable: Any) -> _Entry:
         entry = self._entries.setdefault(id(variable), _Entry(variable))
@@ -224,16 +242,33 @@ class GradientSums:
                 "losses are sums or means. Received: both."
             )
 
+    def _add_undivided(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        undivided: Sequence[Any],
+    ) -> list[Any]:
+        """Adds parts of the gradients, and returns the rest of these."""
+        backend = self._backend
+        rest = list(gradients)
+        for i, (part, variable) in enumerate(zip(undivided, variables)):
+            if part is None or rest[i] is None:
+                continue
+            rest[i] = backend.difference(rest[i], part)
+            entry = self._entry_of(variable)
+            if entry.undivided is None:
+                spec = _spec_of(part, variable)
+                (entry.undivided,) = backend.new_sums([spec])
+            part = backend.dense(part)
+            backend.add_weighted([entry.undivided], [part], 1.0)
+        return rest
+
     def _make_totals(self, pairs: Sequence[tuple[Any, _Entry]]) -> None:
         """For gradients that there are for the first time, in pairs."""
         new = [(g, entry) for g, entry in pairs if entry.total is None]
-        specs = []
+        specs = [_spec_of(gradient, entry.variable) for gradient, entry in new]
         for gradient, entry in new:
             entry.dtype = keras.backend.standardize_dtype(gradient.dtype)
-            is_half = entry.dtype in ("float16", "bfloat16")
-            dtype = "float32" if is_half else entry.dtype
-            shape = entry.variable.shape
-            specs.append(SumSpec(shape, dtype, entry.variable))
         totals = self._backend.new_sums(specs) if specs else []
         for (_, entry), total in zip(new, totals):
             entry.total = total
@@ -250,6 +285,7 @@ class GradientSums:
         self, weight: Any, count: Any, totals: list[Any]
     ) -> list[Any]:
         total_of = dict(zip(self._with_totals, totals))
+        undivided = zip(self._with_undivided, totals[len(total_of) :])
         used = self._used
         if self._is_divided:
             divided = [
@@ -261,6 +297,8 @@ class GradientSums:
                 [total_of[e] for e in divided], weight
             )
             total_of.update(zip(divided, means))
+            for entry, part in undivided:
+                total_of[entry] = total_of[entry] + part
         gradients = [
             total_of[entry] if entry.is_compiled or entry.is_in_window else None
             for entry in used
@@ -287,6 +325,13 @@ class GradientSums:
                 dtype = gradients[i].dtype
                 term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
                 gradients[i] -= term
+
+
+def _spec_of(gradient: Any, variable: Any) -> SumSpec:
+    """The sum that a variable's gradients need."""
+    dtype = keras.backend.standardize_dtype(gradient.dtype)
+    is_half = dtype in ("float16", "bfloat16")
+    return SumSpec(variable.shape, "float32" if is_half else dtype, variable)
 
 
 NOTHING_ADDED = (

@@ -22,17 +22,19 @@ class LogNumber(NamedTuple):
         call: Tells apart several numbers of one step for the metric.
         value: The number.
         size: Scalar that the metric weights it by, or `None` for 1 a batch.
-        reductions: Of which reductions its weight is: none for the number of
+        reductions: Of which reductions its weight is, `None` for the number of
             examples.
         has_regularizers: Whether they are part of it.
+        undivided: The part of a mean that is a sum over the window.
     """
 
     metric: Any
     call: int
     value: Any
     size: Any
-    reductions: slice
+    reductions: slice | None
     has_regularizers: bool
+    undivided: Any
 
 
 class _Parts(NamedTuple):
@@ -41,14 +43,16 @@ class _Parts(NamedTuple):
     total: Any
     weight: Any
     size: Any
+    undivided: Any
     once: Any
 
 
 class LogMean(Totals):
     """A number of the open window, kept up to date in a `Mean` metric.
 
-    Holds its total, its weight, its size (what the metric weights it by) and
-    the part of it that counts once: scalars of the metric's dtype. Each replica
+    Holds its total, its weight, its size (what the metric weights it by), the
+    part of a mean that is a sum, and the part of a sum that counts once:
+    scalars of the metric's dtype. Each replica
     keeps its share of the metric up to date from what it has seen itself; at
     the end of a window it learns of the others.
 
@@ -58,7 +62,7 @@ class LogMean(Totals):
     """
 
     def __init__(self, number: LogNumber, is_sum: bool) -> None:
-        super().__init__([()] * 4, number.metric.dtype)
+        super().__init__([()] * 5, number.metric.dtype)
         self._metric = number.metric
         self._is_sum = is_sum
         self._is_one = number.size is None
@@ -80,10 +84,18 @@ class LogMean(Totals):
         old = _Parts(*(part * is_in for part in old))
         value, once = ops.cast(number.value, dtype), ops.cast(once, dtype)
         weight = ops.cast(1.0 if weight is None else weight, dtype)
+        undivided = ops.cast(number.undivided, dtype)
+        value = value - undivided
         value = value - once if self._is_sum else weight * value
         size = ops.cast(1.0 if number.size is None else number.size, dtype)
         size = size if self._is_one else old.size + size
-        new = _Parts(old.total + value, old.weight + weight, size, once)
+        new = _Parts(
+            old.total + value,
+            old.weight + weight,
+            size,
+            old.undivided + undivided,
+            once,
+        )
         new = _Parts(*chosen(kept, new, old))
         before = self._number(old) * old.size
         metric.total.assign_add(self._number(new) * new.size - before)
@@ -92,7 +104,7 @@ class LogMean(Totals):
 
     def parts(self) -> list[Any]:
         """What the replicas of a strategy have to add up for an update."""
-        return self._backend.values_of(self.sums[:3])
+        return self._backend.values_of(self.sums[:4])
 
     def close(self, parts: list[Any]) -> None:
         """Corrects what the metric has by what all replicas saw.
@@ -103,8 +115,8 @@ class LogMean(Totals):
         if self._backend.replicas() == 1:
             return
         own = self._window
-        total, weight, size = parts
-        of_all = _Parts(total, weight, size, own.once)
+        total, weight, size, undivided = parts
+        of_all = _Parts(total, weight, size, undivided, own.once)
         # Of a window that counts once, each replica counts a share.
         share = own.size / ops.maximum(size, 1.0) if self._is_one else own.size
         change = self._number(of_all) * share - self._number(own) * own.size
@@ -118,4 +130,4 @@ class LogMean(Totals):
     def _number(self, of: _Parts) -> Any:
         if self._is_sum:
             return of.total + of.once
-        return ops.divide_no_nan(of.total, of.weight)
+        return ops.divide_no_nan(of.total, of.weight) + of.undivided

@@ -27,6 +27,35 @@ with jax.ensure_compile_time_eval():
     _NO_TRACE = get_opaque_trace_state()
 
 
+class Second:
+    """The gradient of another number that the loss of a step is made of."""
+
+    def __init__(self) -> None:
+        self._loss: Any = 0.0
+        self._gradients: list[Any] = []
+
+    def __call__(self, loss: Any, variables: Sequence[Any]) -> list[Any]:
+        """Says of what; in the list there are gradients when it is taken."""
+        self._loss = loss
+        return self._gradients
+
+    def value_and_grad(self, function: Callable[..., Any]) -> Callable:
+        """As JAX's, with respect to the first argument, and `has_aux`."""
+
+        def derived(first: Any, *args: Any, **kwargs: Any) -> Any:
+            def both(first: Any) -> Any:
+                value, aux = function(first, *args, **kwargs)
+                return (value, jnp.asarray(self._loss, value.dtype)), aux
+
+            (value, _), pull, aux = jax.vjp(both, first, has_aux=True)
+            one, zero = jnp.ones_like(value), jnp.zeros_like(value)
+            (gradient,) = pull((one, zero))
+            (self._gradients[:],) = pull((zero, one))
+            return (value, aux), gradient
+
+        return derived
+
+
 class JaxBackend(Backend):
     """Sums hold arrays, or what stands for them in a trace."""
 
@@ -118,6 +147,10 @@ class JaxBackend(Backend):
     def before(self, variable: Any) -> None:
         return None
 
+    @contextlib.contextmanager
+    def differentiating_twice(self) -> Iterator[Second]:
+        yield Second()
+
     def differentiating(self) -> Sequence[Any]:
         return (jax,)
 
@@ -126,6 +159,7 @@ class JaxBackend(Backend):
         function: Callable[..., Any],
         lists: Sequence[list[Any]],
         traced_further: Callable[[], AbstractContextManager[None]],
+        second: Second | None,
         *,
         argnums: Any,
         has_aux: bool,
@@ -149,7 +183,10 @@ class JaxBackend(Backend):
             return value, (beside, jax.lax.stop_gradient(arrays))
 
         def outside(*args: Any, **kwargs: Any) -> Any:
-            derived = _value_and_grad(inside, argnums, True, **options)
+            if second is None:
+                derived = _value_and_grad(inside, argnums, True, **options)
+            else:
+                derived = second.value_and_grad(inside)
             (value, (beside, arrays)), gradient = derived(*args, **kwargs)
             left = iter(arrays)
             outer = [

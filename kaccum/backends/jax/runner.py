@@ -81,6 +81,16 @@ class JaxRunner(Runner):
         super().remember()
         self._before = self._state
 
+    def look(self, function: Callable[[Any], Any], data: Any) -> Any:
+        variables = self._variables
+        state = self._state or self._held_by_variables()
+
+        def traced(state: State, data: Any) -> Any:
+            with _scope(variables, state, collect_losses=True):
+                return function(data)
+
+        return self._compiled(traced, donated=[])(state, data)
+
     def wait(self) -> None:
         jax.block_until_ready([total.value for total in self._sums])
 
@@ -284,9 +294,11 @@ def _pairs(variables: State, state: State) -> list[tuple[Any, Any]]:
     return [pair for group, held in groups for pair in zip(group, held)]
 
 
-def _scope(variables: State, state: State) -> keras.StatelessScope:
+def _scope(
+    variables: State, state: State, **options: Any
+) -> keras.StatelessScope:
     """A scope in which the variables hold the state."""
-    return keras.StatelessScope(_pairs(variables, state))
+    return keras.StatelessScope(_pairs(variables, state), **options)
 
 
 def _state_in(scope: keras.StatelessScope, variables: State) -> State:

@@ -85,6 +85,23 @@ class Arithmetic(Replicas):
         gradients = tape.gradient(value, [_resource(v) for v in variables])
         return [g if g is None else tf.convert_to_tensor(g) for g in gradients]
 
+    @contextlib.contextmanager
+    def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
+        with tf.GradientTape() as tape:
+
+            def gradients_of(loss: Any, variables: Sequence[Any]) -> list[Any]:
+                # It is over with the first gradient.
+                return list(
+                    tape.gradient(loss, [_resource(v) for v in variables])
+                )
+
+            yield gradients_of
+
+    def difference(self, gradient: Any, other: Any) -> Any:
+        if other is None:
+            return gradient
+        return tf.convert_to_tensor(gradient) - tf.convert_to_tensor(other)
+
     def dense(self, gradient: Any) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
 

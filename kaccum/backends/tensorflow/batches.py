@@ -41,6 +41,9 @@ class Batches(Replicas):
             )
             starts = [start + size for start, size in zip(starts, each)]
 
+    def of_one_replica(self, batch: Any) -> Any:
+        return _of_each_replica(batch)[0]
+
     def may_be_empty(self, data: Any) -> bool:
         if self.replicas() == 1:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,31 @@ class CompiledCall:
 def is_dataset(source: Any) -> bool:
     """Whether `source` is an iterator that a compiled function can pull."""
     return isinstance(source, _DATASETS)
+
+
+def iterator_like(iterator: tf.data.Iterator, batches: list[Any]) -> Any:
+    """An iterator of batches that is of the same type as another one."""
+    spec = iterator.element_spec
+    datasets = [
+        # What is captured, unlike a constant of the graph, is not copied.
+        tf.data.Dataset.from_tensors(0).map(
+            lambda _, batch=batch: _as_of(spec, batch)
+        )
+        for batch in batches
+    ]
+    joined = functools.reduce(tf.data.Dataset.concatenate, datasets)
+    return iter(joined)
+
+
+def _as_of(spec: Any, batch: Any) -> Any:
+    """A batch whose shapes are known as far as a spec says."""
+    specs = tf.nest.flatten(spec, expand_composites=True)
+    tensors = tf.nest.flatten(batch, expand_composites=True)
+    less = [
+        tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=each.shape)
+        for tensor, each in zip(tensors, specs)
+    ]
+    return tf.nest.pack_sequence_as(spec, less, expand_composites=True)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:

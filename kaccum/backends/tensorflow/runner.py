@@ -11,7 +11,11 @@ import tensorflow as tf
 
 from kaccum.backends.base import Backend
 from kaccum.backends.runner import AssigningRunner, Ran, Step
-from kaccum.backends.tensorflow.calls import CompiledCall, is_dataset
+from kaccum.backends.tensorflow.calls import (
+    CompiledCall,
+    is_dataset,
+    iterator_like,
+)
 from kaccum.backends.tensorflow.replicas import local_values
 
 
@@ -48,6 +52,13 @@ class TensorFlowRunner(AssigningRunner):
             if isinstance(call, CompiledCall):
                 call.forget()
         super().stop()
+
+    def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
+        pulled, given = super().pulled(batches, count)
+        if isinstance(batches, tf.data.Iterator):
+            # So that nothing is traced for them alone.
+            given = iterator_like(batches, pulled)
+        return pulled, given
 
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
         if is_plain and len(closes) == 1:
