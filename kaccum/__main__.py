@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -122,7 +123,8 @@ def train(name: str, options: argparse.Namespace) -> Run:
         batch_size //= options.steps
     if is_cut:
         size = options.micro_batch_size
-        callbacks.append(GradientAccumulationCallback(micro_batch_size=size))
+        ours = GradientAccumulationCallback(micro_batch_size=size)
+        callbacks.append(ours)
     elif name == KACCUM:
         callbacks.append(GradientAccumulationCallback(options.steps))
     is_shared = name == KACCUM and options.replicas > 1
@@ -138,6 +140,9 @@ def train(name: str, options: argparse.Namespace) -> Run:
             callbacks=callbacks,
             verbose=0,
         ).history
+    if is_cut and size == "auto":
+        found = ours.micro_batch_size
+        print(f"kaccum: micro-batches of {found} examples fit in memory")
     updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
     return Run(updates, history, recorder.weights, recorder.seconds)
 
@@ -253,6 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if kaccum's run is the large-batch run, 1 if it is not.
     """
     options = parse(arguments)
+    missing = [
+        package
+        for module, package in (
+            ("sklearn", "scikit-learn"),
+            *([("matplotlib", "matplotlib")] if options.plot else []),
+        )
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        print(
+            f"The demo needs {' and '.join(missing)}, which "
+            "`pip install kaccum[demo]` installs.",
+            file=sys.stderr,
+        )
+        return 2
     if options.replicas > 1:
         options.devices = backend().devices(options.replicas)
     backend().use_full_precision()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 
@@ -60,11 +63,41 @@ def accumulate(
     print(int(model.optimizer.iterations))  # 3: of 4, 4 and 2 micro-batches
     ```
     """
+    if isinstance(steps, keras.Model):
+        raise TypeError(
+            "`accumulate` must be called with a model and then `steps`. "
+            "Received: them the other way round. Write `accumulate(model, "
+            "steps)`."
+        )
     steps = checked_steps(steps)
     backend()
     check_model(model)
     check_weight(weight)
-    return _accumulating(model, steps, Options(weight=weight))
+    return _Accumulating(_accumulating(model, steps, Options(weight=weight)))
+
+
+class _Accumulating(contextlib.AbstractContextManager[None]):
+    """What `accumulate` returns: it does nothing until it is entered."""
+
+    def __init__(self, inner: AbstractContextManager[None]) -> None:
+        self._inner = inner
+        self._is_entered = False
+
+    def __enter__(self) -> None:
+        self._is_entered = True
+        return self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._inner.__exit__(*error)
+
+    def __del__(self) -> None:
+        if not self._is_entered:
+            warnings.warn(
+                "`accumulate` must be entered for gradients to be accumulated. "
+                "Received: a call without `with`. Write `with "
+                "accumulate(model, steps):` around the training loop.",
+                stacklevel=2,
+            )
 
 
 @contextlib.contextmanager

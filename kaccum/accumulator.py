@@ -104,9 +104,10 @@ class GradientAccumulator:
                 it had never come. Defaults to true.
 
         Raises:
-            ValueError: If there are more or fewer gradients than variables, the
-                optimizer does not know a variable, or a `weight` of `None`
-                follows another.
+            TypeError: If gradients and variables are swapped.
+            ValueError: If there are more or fewer gradients than variables, one
+                has another shape than its variable, the optimizer does not know
+                a variable, or a `weight` of `None` follows another.
             RuntimeError: If a variable is to be overwritten by its gradient (a
                 scale of float8), under a strategy of several replicas; inside
                 of what JAX traces.

@@ -8,16 +8,25 @@ from typing import Any, Literal
 
 import keras
 
+from kaccum import callers
 from kaccum.backends import backend
-from kaccum.callers import callbacks_of_fit
 from kaccum.checks import (
     Weight,
+    check_calls,
     check_model,
     check_weight,
     is_scaling_losses,
     received,
 )
 from kaccum.fit.micro_batches import MicroBatchSize
+from kaccum.fit.plan import (
+    OF_ITS_OWN,
+    Data,
+    line_of_size,
+    line_of_steps,
+    say,
+    warn_of_mistakes,
+)
 from kaccum.fit.session import Session, is_plain_fit
 from kaccum.fit.window import Schedule, Steps, Window
 from kaccum.step.training_step import Options
@@ -121,6 +130,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             )
         self._schedule: Schedule | None = None
         self._size: MicroBatchSize | None = None
+        self._asked_size = micro_batch_size
         if steps is not None:
             self._schedule = Schedule(steps)
         if micro_batch_size is not None:
@@ -136,13 +146,17 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "`on_update` must be a function of the number of updates. "
                 f"{received('on_update', on_update)}"
             )
+        if on_update is not None:
+            check_calls("on_update", on_update, 1)
         self.steps = steps if self._schedule is None else self._schedule.steps
         self.skip_nonfinite = skip_nonfinite
         self.weight = weight
         self.on_update = on_update
         self._session: Session | None = None
-        self._skipped = 0
-        self._model_of_size: Any = lambda: None
+        self._skipped = self._updates = 0
+        self._data = Data()
+        self._said: int | None = None
+        self._model_of_size: Any = None
 
     @property
     def micro_batch_size(self) -> int | str | None:
@@ -157,10 +171,44 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         """How many micro-batches this (or the last) fit left out so far."""
         return self._session.skipped if self._session else self._skipped
 
+    @property
+    def updates(self) -> int:
+        """How many updates this (or the last) fit made so far."""
+        return self._session.updates if self._session else self._updates
+
+    def __repr__(self) -> str:
+        arguments = {
+            "steps": self.steps,
+            "micro_batch_size": self._asked_size,
+            "skip_nonfinite": self.skip_nonfinite or None,
+            "weight": self.weight,
+            "on_update": self.on_update,
+        }
+        given = [f"{k}={v!r}" for k, v in arguments.items() if v is not None]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy trains a model of its own.
+        return {
+            **vars(self),
+            "_model": None,
+            "_session": None,
+            "_skipped": self.skipped_micro_batches,
+            "_updates": self.updates,
+            "_model_of_size": None,
+        }
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes the training step of the model over."""
-        _check_callbacks(callbacks_of_fit())
+        _check_callbacks(callers.callbacks_of_fit())
         check_model(self.model)
+        if not callers.is_called_in_fit(self.model):
+            raise RuntimeError(
+                "The hooks of a callback must be called by the `fit` of its "
+                "model for gradients to be accumulated. Received: "
+                "`on_train_begin` outside of it. In a training loop of your "
+                "own write `with kaccum.accumulate(model, steps):` around it."
+            )
         if self.skip_nonfinite and is_scaling_losses(self.model.optimizer):
             raise ValueError(
                 "`skip_nonfinite` must not be used with a "
@@ -168,14 +216,20 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "its scale. Received: skip_nonfinite=True and a "
                 f"{type(self.model.optimizer).__name__}. Leave one of them out."
             )
-        self._skipped = 0
+        self._skipped = self._updates = 0
+        self._said = None
+        self._data = Data.of_fit(self.model, self.params)
         is_plain = not self.skip_nonfinite and self.on_update is None
         if is_plain and self._schedule and self._schedule.is_always_one:
             if is_plain_fit(self.model, 1):
+                self._updates = -int(self.model.optimizer.iterations)
                 return
-        if self._size is not None and self._model_of_size() is not self.model:
-            self._size.forget()
-            self._model_of_size = weakref.ref(self.model)
+        if self._size is not None:
+            known = self._model_of_size
+            if known is None or known() is not self.model:
+                self._size.forget()
+                self._model_of_size = weakref.ref(self.model)
+            self._size.verbose = self.params.get("verbose")
         self._session = Session.of(self.model)
         self._session.take_over(
             Window(1),
@@ -192,13 +246,31 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         if self._session is not None:
             steps = self._schedule.at(epoch) if self._schedule else 1
             self._session.begin_epoch(steps)
+            self._say(steps)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Gives the training step back."""
         if self._session is not None:
             self._skipped = self._session.skipped
+            self._updates = self._session.updates
             self._session.give_back()
             self._session = None
+        else:
+            self._updates += int(self.model.optimizer.iterations)
+
+    def _say(self, steps: int) -> None:
+        """Tells the user what is going to be, where that changes."""
+        if steps == self._said or self._session is None:
+            return
+        self._said = steps
+        if self._size is not None:
+            line = line_of_size(self._size.size, self._data)
+        else:
+            line = line_of_steps(steps, self._data)
+            warn_of_mistakes(steps, self._data, self.model.optimizer)
+        if self._session.has_own_step:
+            line += OF_ITS_OWN
+        say(line, self.params.get("verbose"))
 
 
 def _check_callbacks(callbacks: list[keras.callbacks.Callback]) -> None:

@@ -64,6 +64,19 @@ def is_fit_inside_fit(model: keras.Model) -> bool:
     return any(frame.f_code is inner.f_code for frame in outer)
 
 
+def is_called_in_fit(model: keras.Model) -> bool:
+    """Whether the `fit` of `model` runs."""
+    return any(_is_method(frame, "fit", model) for frame in asking())
+
+
+def variable_of_fit(model: keras.Model, name: str) -> Any:
+    """A local variable of Keras's `fit` that runs, `None` if it has none."""
+    for frame in asking():
+        if _is_method(frame, "fit", model) and name in frame.f_locals:
+            return frame.f_locals[name]
+    return None
+
+
 def callbacks_of_fit() -> list[keras.callbacks.Callback]:
     """The callbacks of the `fit` that calls a callback's hook.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
@@ -14,8 +15,14 @@ Weight = Union[Literal["sum"], Callable[[Any, Any, Any], Any], None]
 
 
 def received(name: str, value: Any) -> str:
-    """The sentence that says what an argument was."""
-    return f"Received: {name}={value!r} ({type(value).__name__})."
+    """The sentence that says what an argument was, and what to write."""
+    text = f"Received: {name}={value!r} ({type(value).__name__})."
+    is_whole = isinstance(value, float) and value.is_integer()
+    if is_whole and name in ("steps", "micro_batch_size"):
+        text += " A division that is to give an integer is written `//`."
+    if name == "steps" and value == "auto":
+        text += ' Write `micro_batch_size="auto"`.'
+    return text
 
 
 def checked_integer(
@@ -43,6 +50,15 @@ def check_model(model: keras.Model) -> None:
             accumulates itself.
         RuntimeError: If it trains on devices that are not supported.
     """
+    if type(model).__module__.split(".")[0] == "tf_keras" or any(
+        kind.__module__.split(".")[0] == "tf_keras"
+        for kind in type(model).__mro__
+    ):
+        raise TypeError(
+            "`model` must be a `keras.Model` of Keras 3. Received: a "
+            f"{type(model).__name__} of the legacy package `tf_keras`. Build "
+            "it with `import keras`, and without `TF_USE_LEGACY_KERAS`."
+        )
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"`model` must be a `keras.Model`. {received('model', model)}"
@@ -97,6 +113,30 @@ def check_weight(weight: Weight) -> None:
         raise ValueError(f"{rule} {received('weight', weight)}")
     if not (weight is None or weight == "sum" or callable(weight)):
         raise TypeError(f"{rule} {received('weight', weight)}")
+    if callable(weight):
+        check_calls("weight", weight, None, None, None)
+
+
+def check_calls(name: str, function: Any, *arguments: Any) -> None:
+    """Checks that a function of a user's own can be called as it will be.
+
+    Raises:
+        TypeError: If it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Some built-in functions do not tell.
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        count = len(arguments)
+        raise TypeError(
+            f"The function `{name}` must take {count} "
+            f"{'argument' if count == 1 else 'arguments'}. Received: one that "
+            f"takes {signature}."
+        ) from error
 
 
 def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -349,14 +350,18 @@ def _fit(
             f"{examples_in(arrays)} for {run}."
         )
     x, y, weights = part_of(arrays, 0, run.examples)
-    history = model.fit(
-        x,
-        y,
-        sample_weight=weights,
-        batch_size=batch_size,
-        callbacks=list(callbacks),
-        **{"verbose": 0, "shuffle": False, "epochs": run.epochs, **options},
-    ).history
+    with warnings.catch_warnings():
+        # Drawn runs have such windows on purpose.
+        for mistake in ("`steps` must not be more", "`micro_batch_size` must"):
+            warnings.filterwarnings("ignore", mistake)
+        history = model.fit(
+            x,
+            y,
+            sample_weight=weights,
+            batch_size=batch_size,
+            callbacks=list(callbacks),
+            **{"verbose": 0, "shuffle": False, "epochs": run.epochs, **options},
+        ).history
     return result_of(model, history)
 
 

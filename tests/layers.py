@@ -13,10 +13,13 @@ def unchanged(array):
 class Watched(keras.layers.Layer):
     """Shows its inputs, or their gradient, to a function of the host."""
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs, training=None):
         return keras.KerasTensor(inputs.shape, inputs.dtype)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        # Where the loss is only measured, nothing is.
+        if training is False:
+            return inputs
         return through(inputs, self.see, unchanged)
 
     def see(self, array):
@@ -71,7 +74,9 @@ class Hungry(Watched):
                 raise Hungry.error
         return array
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        if training is False:
+            return inputs
         if Hungry.replica not in (None, _replica()):
             return inputs
         pair = [unchanged, self.see]

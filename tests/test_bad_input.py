@@ -128,6 +128,17 @@ def block_in_fit(model):
     fit(model, GradientAccumulationCallback(9), enter)
 
 
+def hooks_by_hand(model):
+    """A loop that calls them, as the one of Keras does."""
+    callbacks = [GradientAccumulationCallback(2)]
+    hooks = keras.callbacks.CallbackList(callbacks, model=model)
+    hooks.on_train_begin()
+
+
+WEIGHT = (
+    '`weight` must be "sum", or a function of `(x, y, sample_weight)` that '
+    "returns what the loss of a micro-batch divides by. Received: "
+)
 BAD_CALLS = {
     "steps=0": (of(0), ValueError, STEPS + "0 (int)."),
     "steps=-1": (of(-1), ValueError, STEPS + "-1 (int)."),
@@ -137,7 +148,12 @@ BAD_CALLS = {
         STEPS + "np.int64(0) (int64).",
     ),
     "steps=2.5": (of(2.5), TypeError, STEPS + "2.5 (float)."),
-    "steps=4.0": (of(4.0), TypeError, STEPS + "4.0 (float)."),
+    "steps=4.0": (
+        of(4.0),
+        TypeError,
+        STEPS + "4.0 (float). A division that is to give an integer is written "
+        "`//`.",
+    ),
     "steps=True": (of(True), TypeError, STEPS + "True (bool)."),
     "steps='4'": (of("4"), TypeError, STEPS + "'4' (str)."),
     "neither": (of(None), ValueError, ONE_OF + "None, micro_batch_size=None."),
@@ -169,7 +185,9 @@ BAD_CALLS = {
     "leaf-without-examples": (
         of_arrays(X[:4], Y[:4], np.float32(1.0)),
         ValueError,
-        LEAVES + SHAPES.format("(4, 2), (4, 1), ()"),
+        LEAVES
+        + SHAPES.format("(4, 2), (4, 1), ()")
+        + " Of a data set that is not batched pass `.batch(size)`.",
     ),
     "steps=[4]": (of([4]), TypeError, STEPS + "[4] (list)."),
     "steps={}": (of({}), ValueError, START + "{} (dict)."),
@@ -221,6 +239,49 @@ BAD_CALLS = {
         TypeError,
         "`skip_nonfinite` must be True or False. Received: skip_nonfinite=1 "
         "(int).",
+    ),
+    "steps='auto'": (
+        of("auto"),
+        TypeError,
+        STEPS + "'auto' (str). Write `micro_batch_size=\"auto\"`.",
+    ),
+    "steps-takes-nothing": (
+        of(lambda: 2),
+        TypeError,
+        "The function `steps` must take 1 argument. Received: one that takes "
+        "().",
+    ),
+    "on_update-takes-two": (
+        of(2, on_update=lambda updates, logs: None),
+        TypeError,
+        "The function `on_update` must take 1 argument. Received: one that "
+        "takes (updates, logs).",
+    ),
+    "weight=3": (of(2, weight=3), TypeError, WEIGHT + "weight=3 (int)."),
+    "weight='mean'": (
+        of(2, weight="mean"),
+        ValueError,
+        WEIGHT + "weight='mean' (str).",
+    ),
+    "weight-takes-two": (
+        of(2, weight=lambda x, y: 1.0),
+        TypeError,
+        "The function `weight` must take 3 arguments. Received: one that takes "
+        "(x, y).",
+    ),
+    "hooks-by-hand": (
+        hooks_by_hand,
+        RuntimeError,
+        "The hooks of a callback must be called by the `fit` of its model for "
+        "gradients to be accumulated. Received: `on_train_begin` outside of "
+        "it. In a training loop of your own write `with "
+        "kaccum.accumulate(model, steps):` around it.",
+    ),
+    "accumulate-swapped": (
+        lambda model: accumulate(2, model),
+        TypeError,
+        "`accumulate` must be called with a model and then `steps`. Received: "
+        "them the other way round. Write `accumulate(model, steps)`.",
     ),
     "two-callbacks": (of(2, 3), RuntimeError, ONE_CALLBACK),
     "two-callbacks-one-of-1": (of(1, 3), RuntimeError, ONE_CALLBACK),

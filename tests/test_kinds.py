@@ -513,7 +513,7 @@ def test_a_loss_that_cannot_be_tried_is_told():
         UserWarning,
         match="A loss that returns one number hides whether it is a mean or a "
         "sum, and is taken for a mean over examples where it cannot be tried "
-        "on parts of a micro-batch. Received: 'the_mean', and this error: "
+        "on parts of a micro-batch. Received: 'the_mean', and this obstacle: "
         "ValueError: All arrays of a batch must have the same examples .* Pass "
         "`weight`.",
     ):

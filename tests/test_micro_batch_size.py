@@ -343,13 +343,19 @@ def hungry_model(execution="graph", layers=(), built=True):
     return model
 
 
-def fit(model, callback, batch_size=10, epochs=2, **options):
+def ours_in(capsys):
+    """What kaccum printed."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith("kaccum")]
+
+
+def fit(model, callback, batch_size=10, epochs=2, *, verbose=0, **options):
     history = model.fit(
         X,
         Y,
         batch_size=batch_size,
         epochs=epochs,
-        verbose=0,
+        verbose=verbose,
         shuffle=False,
         callbacks=[callback, *options.pop("callbacks", [])],
         **options,
@@ -505,15 +511,28 @@ def test_the_size_is_remembered(capsys):
     callback = cut("auto")
     assert callback.micro_batch_size == "auto"
     model = hungry_model()
-    fit(model, callback)
+    fit(model, callback, verbose=2)
     assert Hungry.seen[:3] == [10, 5, 3]
     assert max(Hungry.seen[3:]) == 3
-    line = 'micro_batch_size="auto": micro-batches of 3 examples fit in memory.'
-    assert capsys.readouterr().out == line + "\n"
+    told = [
+        "kaccum: 10 examples an update = the largest micro-batches that fit in "
+        "memory; 5 updates an epoch, the last of 5 examples.",
+        "kaccum: no memory for 10 examples; trying micro-batches of 5.",
+        "kaccum: no memory for 5 examples; trying micro-batches of 3.",
+        "kaccum: micro-batches of 3 examples fit in memory.",
+    ]
+    assert ours_in(capsys) == told
+    assert repr(callback).endswith("(micro_batch_size='auto')")
     Hungry.feed(3)
-    fit(model, callback, batch_size=25)
+    fit(model, callback, batch_size=25, verbose=2)
     assert max(Hungry.seen) == 3
-    assert capsys.readouterr().out == ""
+    assert ours_in(capsys) == [
+        "kaccum: 25 examples an update = 9 micro-batches of 3 at most; 2 "
+        "updates an epoch, the last of 20 examples."
+    ]
+    Hungry.feed(3)
+    fit(hungry_model(), callback)
+    assert ours_in(capsys) == []
     Hungry.feed(None)
     fit(hungry_model(), callback)
     assert Hungry.seen[0] == callback.micro_batch_size == 10

@@ -438,8 +438,8 @@ def test_one_all_reduce_an_update(reductions, replicas, window, cut):
     runs = 2 if replicas == 2 else 1
     assert seen == [runs * count for count in updates]
     weights = sum(int(np.prod(w.shape)) for w in result.model.weights)
-    # Two numbers of the window, and three for the one that is logged.
-    assert set(reductions[: seen[-1]]) == {weights + 2 + 3}
+    # Two numbers of the window, and four for the one that is logged.
+    assert set(reductions[: seen[-1]]) == {weights + 2 + 4}
 
 
 def test_plain_keras_reduces_at_each_batch(reductions):

@@ -87,9 +87,11 @@ def updates_every_micro_batch(monkeypatch):
     monkeypatch.setattr(Window, "is_open", False)
 
 
-def hears_no_loss(monkeypatch):
+def hears_no_loss(monkeypatch, measures=False):
     """Weighs masked micro-batches by their examples."""
     hidden = weights.Reduction("hidden")
+    if not measures:
+        monkeypatch.setattr(TrainingStep, "measure", lambda *_: True)
     monkeypatch.setattr(weights, "reduction_of", lambda *_, **__: hidden)
 
 
@@ -120,6 +122,14 @@ def test_a_wrong_weight_is_caught(kind, monkeypatch):
     """Law 2 is what these problems test."""
     hears_no_loss(monkeypatch)
     with pytest.raises(AssertionError):
+        check(Problem(kind=kind, optimizer="SGD"))
+
+
+@pytest.mark.parametrize("kind", ["mask", "mean_with_sample_weight"])
+def test_a_wrong_weight_is_measured(kind, monkeypatch):
+    """What is heard is compared with what the losses are."""
+    hears_no_loss(monkeypatch, measures=True)
+    with pytest.raises(UserWarning, match="A loss must be a mean or a sum"):
         check(Problem(kind=kind, optimizer="SGD"))
 
 

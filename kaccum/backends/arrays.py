@@ -63,11 +63,14 @@ def common_length(lengths: set[int | None], shapes: Any) -> int:
     Raises:
         ValueError: If they differ.
     """
-    length = lengths.pop() if len(lengths) == 1 else None
+    length = lengths.copy().pop() if len(lengths) == 1 else None
     if length is None:
+        advice = ""
+        if None in lengths:
+            advice = " Of a data set that is not batched pass `.batch(size)`."
         raise ValueError(
             "All arrays of a batch must have the same examples along their "
             "first axis to be cut into micro-batches. Received: a batch of "
-            f"shapes {shapes}."
+            f"shapes {shapes}.{advice}"
         )
     return length

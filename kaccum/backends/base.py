@@ -272,14 +272,14 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def cut(
-        self, batch: Any, sizes: list[list[int]], model: keras.Model | None
+        self, batch: Any, sizes: list[list[int]], model: keras.Model
     ) -> Iterator[Any]:
         """The micro-batches of a batch, one after the other.
 
         Args:
             batch: As in `examples_in`.
             sizes: How many examples each of them has, for each replica.
-            model: What trains on them; `None` for a batch of one replica.
+            model: What trains on them.
         """
 
     def of_one_replica(self, batch: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from kaccum.backends import Runner, backend
 from kaccum.checks import checked_integer, received
+from kaccum.fit.plan import say
 
 AUTO = "auto"
-FEW = 32
 
 
 class MicroBatchSize:
@@ -35,6 +35,8 @@ class MicroBatchSize:
         if not self.is_auto:
             self._most = checked_integer(size, rule, got)
         self._found: int | None = None
+        #: As of `fit`: 0 to be silent.
+        self.verbose: Any = 1
 
     @property
     def size(self) -> int | str:
@@ -94,25 +96,6 @@ class MicroBatchSize:
             self._most = self._found = None
 
 
-def sample_of(batch: Any, size: MicroBatchSize) -> Any:
-    """A micro-batch of one replica, but of two examples if there are.
-
-    Args:
-        batch: What Keras gives a `train_step`.
-        size: Says how to cut. "auto" does not know yet what fits: few do.
-
-    Raises:
-        ValueError: If the batch cannot be cut.
-    """
-    batch = backend().of_one_replica(batch)
-    examples = sum(backend().examples_in(batch))
-    (count,), *_ = size.parts_of([examples])
-    count = max(min(count, FEW) if size.is_auto else count, 2)
-    if count >= examples:
-        return batch
-    return next(backend().cut(batch, [[count], [examples - count]], None))
-
-
 def train_in_parts(
     batch: Any,
     size: MicroBatchSize,
@@ -169,9 +152,11 @@ def _train_in_parts_that_fit(
             runner.restore()
             if not size.halve(max(parts[0])):
                 raise backend().out_of_memory(origin, _TOO_LARGE) from error
+            halved = max(size.parts_of(examples)[0])
+            say(_HALVED.format(max(parts[0]), halved), size.verbose)
         else:
             if size.fits(max(parts[0])):
-                print(_FOUND.format(size.size), flush=True)
+                say(_FOUND.format(size.size), size.verbose)
             return result
         # The frames of the failed attempt may hold its tensors in a cycle.
         gc.collect()
@@ -193,7 +178,8 @@ def _out_of_memory(
     return None
 
 
-_FOUND = 'micro_batch_size="auto": micro-batches of {} examples fit in memory.'
+_FOUND = "kaccum: micro-batches of {} examples fit in memory."
+_HALVED = "kaccum: no memory for {} examples; trying micro-batches of {}."
 _TOO_LARGE = (
     "A single example does not fit in memory, so that no smaller micro-batch "
     "is left to try."

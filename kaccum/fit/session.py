@@ -12,11 +12,8 @@ import keras
 
 from kaccum import callers
 from kaccum.backends import backend
-from kaccum.fit.micro_batches import (
-    MicroBatchSize,
-    sample_of,
-    train_in_parts,
-)
+from kaccum.fit.micro_batches import MicroBatchSize, train_in_parts
+from kaccum.fit.plan import warn_of_uncut
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
 from kaccum.step.hearing import on_metrics
@@ -80,6 +77,16 @@ class Session:
     def is_installed(self) -> bool:
         """Whether the model is taken over."""
         return any(patch.is_installed for patch in self._patches)
+
+    @property
+    def updates(self) -> int:
+        """The number of updates since `take_over`."""
+        return self._updates
+
+    @property
+    def has_own_step(self) -> bool:
+        """Whether the model's `train_step` is not Keras's."""
+        return not self._step.is_keras_step
 
     @property
     def skipped(self) -> int:
@@ -189,12 +196,19 @@ class Session:
         logs = None
         for batch in itertools.islice(iterator, count):
             if not self._step.kinds.are_known:
-                self._measure([sample_of(batch, size)])
+                self._measure([batch])
+                self._warn_of_uncut(batch, size)
             logs = train_in_parts(batch, size, self._runner, self._add_parts)
             self._update()
         if logs is None:
             raise StopIteration
         return logs
+
+    def _warn_of_uncut(self, batch: Any, size: MicroBatchSize) -> None:
+        examples = backend().examples_in(batch)
+        if not size.is_auto and self._updates == 0:
+            if len(size.parts_of(examples)) == 1:
+                warn_of_uncut(int(size.size), sum(examples))
 
     def _measure(self, batches: list[Any]) -> None:
         """Learns in the first window what kinds of losses there are."""

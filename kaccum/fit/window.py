@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Union
 
-from kaccum.checks import checked_integer, received
+from kaccum.checks import check_calls, checked_integer, received
 
 Steps = Union[int, dict[int, int], Callable[[int], int]]
 
@@ -58,6 +58,7 @@ class Schedule:
         if isinstance(steps, dict):
             self._by_epoch = _checked_dict(steps)
         elif callable(steps):
+            check_calls("steps", steps, 0)
             self._function = steps
         else:
             rule = (

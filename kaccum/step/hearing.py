@@ -127,7 +127,10 @@ def on_other_update(
         "The model's `train_step` must apply gradients by "
         "`self.optimizer` only, whose gradients are accumulated. Received: "
         f"a `train_step` of {type(recording.step.model).__name__} that applied "
-        "some by another optimizer."
+        "some by another optimizer. With several of them, keep a "
+        "`kaccum.GradientAccumulator(optimizer)` for each: in the step call "
+        "`add(gradients, variables, weight=len(x))`, and after the last "
+        "micro-batch of a window `apply()`."
     )
 
 

@@ -108,7 +108,7 @@ class Kinds:
                 "A loss that returns one number hides whether it is a mean or "
                 "a sum, and is taken for a mean over examples where it cannot "
                 f"be tried on parts of a micro-batch. Received: {loss.name!r}, "
-                f"and this error: {reason.splitlines()[0]} Pass `weight`."
+                f"and this obstacle: {reason.splitlines()[0]} Pass `weight`."
             )
 
     def of_added(self, call: int) -> str | None:
@@ -236,7 +236,13 @@ def measure(
     Returns:
         Whether another micro-batch would tell no more.
     """
+    if not step.model.built:
+        # Its first step builds it; in a failed trial it would stay half built.
+        step.kinds.obstacle = "the model is not built yet."
+        return True
     losses: list[Any] = []
+    is_single = len(batches) == 2 and batches[0] is batches[1]
+    batches = [_few_of(step, batch) for batch in batches]
     try:
         with step.overheard():
             numbers = look(
@@ -248,8 +254,21 @@ def measure(
         step.kinds.obstacle = f"{type(error).__name__}: {error}"
         return True
     # A single example beside itself shows what it is, if it is either.
-    warns = not any(each is batches[0] for each in batches[1:])
+    warns = not is_single
     return step.kinds.learn(losses, numbers, warns=warns)
+
+
+def _few_of(step: TrainingStep, batch: Any) -> Any:
+    """Some examples of a batch; all of one that cannot be cut."""
+    try:
+        examples = sum(step.backend.examples_in(batch))
+    except ValueError:
+        # A batch of graphs, say.
+        return batch
+    if examples <= MOST:
+        return batch
+    sizes = [[MOST], [examples - MOST]]
+    return next(step.backend.cut(batch, sizes, step.model))
 
 
 def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
