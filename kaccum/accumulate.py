@@ -122,5 +122,6 @@ def _accumulating(
         session.take_over(Window(steps), is_for_fit=False, options=options)
         yield
         session.close_window()
+        session.warn_of_proportions()
     finally:
         session.give_back()

@@ -37,12 +37,14 @@ class Step(Protocol):
         skipped: How many it did.
         sums: What the open window holds.
         assigned: The variables that it was heard to assign, by their `id`.
+        moved: The names of state that it moved, and was not to.
         version: What `update` depends on, if it is compiled.
     """
 
     skips: bool
     sums: Any
     assigned: dict[int, Any]
+    moved: list[str]
 
     @property
     def skipped(self) -> int: ...

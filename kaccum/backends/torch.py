@@ -156,6 +156,28 @@ def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
 class TorchRunner(AssigningRunner):
     """Runs a training step eagerly."""
 
+    # Whether it was seen what a step changes that no variable of Keras is.
+    _has_looked = False
+
+    def _add(self, data: Any) -> Any:
+        if self._has_looked:
+            return super()._add(data)
+        self._has_looked = True
+        # Those of wrapped modules, their statistics for example.
+        buffers = {
+            f"{layer.name}/{name}": buffer
+            for layer in self.model._flatten_layers()
+            for name, buffer in layer.named_buffers()
+        }
+        values = {name: each.clone() for name, each in buffers.items()}
+        logs = super()._add(data)
+        self._step.moved += [
+            name
+            for name, before in values.items()
+            if not torch.equal(buffers[name], before)
+        ]
+        return logs
+
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         return super().look(function, data)

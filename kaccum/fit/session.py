@@ -138,6 +138,10 @@ class Session:
             self._window.reset()
             self._update()
 
+    def warn_of_proportions(self) -> None:
+        """Warns of losses that one weight was not right for."""
+        self._step.warn_of_proportions()
+
     def _begin(
         self,
         window: Window,
@@ -186,6 +190,8 @@ class Session:
             self._measure(pulled)
         ran = self._runner.run(iterator, closes, is_plain=is_plain)
         self._window.advance(ran.micro_batches)
+        if self._window.steps > 1:
+            self._step.warn_of_moved()
         self._report(ran.updates)
         return ran.logs
 
@@ -229,7 +235,10 @@ class Session:
     def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
         # Until the update, which comes afterwards, no weight changes.
         closes = [False] * count
-        return self._runner.run(micro_batches, closes, is_plain=False).logs
+        ran = self._runner.run(micro_batches, closes, is_plain=False)
+        if count > 1:
+            self._step.warn_of_moved()
+        return ran.logs
 
     def _update(self) -> None:
         with self._recovering():
@@ -264,6 +273,7 @@ class Session:
         if not callers.is_asked_by("fit", self._model):
             return self._get_plain_metrics()
         self.close_window()
+        self._step.warn_of_proportions()
         logs = self._get_plain_metrics()
         if self._step.skips:
             logs = {**logs, SKIPPED: self._step.skipped}

@@ -178,6 +178,9 @@ class Recording:
         self.add_log_numbers(kept)
         for moments in self.moments:
             sums.moments(moments).add(moments, kept)
+        denominators = weights.proportions(self.reductions, self._data)
+        if denominators and self.step.options.weight is None:
+            sums.proportions(len(denominators)).add(denominators, kept)
         return self._logs(logs, kept, is_shown_late)
 
     def add_log_numbers(self, kept: Any = True) -> None:

@@ -6,6 +6,7 @@ Knows no framework, and not when a window closes.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,12 @@ class TrainingStep:
         self._skipped_earlier = 0
         #: Variables that steps assign, by their `id`.
         self.assigned: dict[int, Any] = {}
+        #: The names of those that were to wait for the update.
+        self.moved: list[str] = []
+        self._noted = 0
+        self._is_told_of_moved = False
+        self._is_told_of_proportions = False
+        self._is_told_of_applies = False
 
     @property
     def is_sum(self) -> bool:
@@ -149,6 +156,8 @@ class TrainingStep:
                 logs, unheard = train_step(data)
             recording.before.update(unheard)
             self._check_applied(recording)
+            changed = [variable for variable, _ in unheard.values()]
+            self.note_moved([*self.assigned.values(), *changed])
             return recording.commit(logs)
 
     def instead_of(
@@ -170,11 +179,18 @@ class TrainingStep:
         """Says of an assigned variable if it was to wait for the update."""
         if variable.trainable:
             return
+        for layer in self._normalizations:
+            if variable is layer.moving_mean:
+                warn_about(layer)
+
+    @property
+    def _normalizations(self) -> list[Any]:
         # `model.layers` has the outermost only (Keras 3.5 to 3.15).
-        for layer in self.model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization):
-                if variable is layer.moving_mean:
-                    warn_about(layer)
+        kind = keras.layers.BatchNormalization
+        layers = self.model._flatten_layers()
+        return [
+            each for each in layers if isinstance(each, kind) and each.built
+        ]
 
     def check_heard(self) -> None:
         """Checks that there was no reduction to hear of in the loss.
@@ -257,6 +273,52 @@ class TrainingStep:
         self.sums.empty_skipped()
         self._skipped_earlier = number
 
+    # What is not the large batch's.
+
+    def note_moved(self, variables: Sequence[Any]) -> None:
+        """Notes state that a step assigned, but for what may move with it."""
+        if len(variables) == self._noted:
+            return
+        self._noted = len(variables)
+        still = {id(v) for v in self.model.metrics_variables}
+        for layer in self._normalizations:
+            still |= {id(layer.moving_mean), id(layer.moving_variance)}
+        paths = [
+            variable.path
+            for variable in variables
+            if id(variable) not in still
+            and variable.name != "seed_generator_state"
+        ]
+        self.moved = [*dict.fromkeys([*self.moved, *paths])]
+
+    def warn_of_moved(self) -> None:
+        """Warns, once, of state that moves with each micro-batch."""
+        if self.moved and not self._is_told_of_moved:
+            self._is_told_of_moved = True
+            _warn(
+                "A layer or `train_step` must leave it to the update to move "
+                "state, but for metrics, random numbers and the averages of "
+                "`BatchNormalization`, for a window to be its large batch. "
+                f"Received: {', '.join(map(repr, self.moved))}, assigned once "
+                "a micro-batch. Move them in `on_update`; averages of weights "
+                "are the optimizer's `use_ema`."
+            )
+
+    def warn_of_proportions(self) -> None:
+        """Warns, once, of losses that one weight was not right for."""
+        if self._is_told_of_proportions:
+            return
+        if self.sums.disproportion > 1e-3:
+            self._is_told_of_proportions = True
+            _warn(
+                "Losses that divide by numbers of their own (of masks, or of "
+                "weights under `mean_with_sample_weight`) must do so in the "
+                "same proportion in all micro-batches of a window to be "
+                "exactly their large batch. Received: proportions that differ "
+                f"by up to {self.sums.disproportion:.1%}. With "
+                '`reduction="sum"` and `loss_weights` the run is exact.'
+            )
+
     def _check_applied(self, recording: Recording) -> None:
         if not recording.applied and self.model.trainable_variables:
             raise RuntimeError(
@@ -266,3 +328,21 @@ class TrainingStep:
                 f"{type(self.model).__name__} that called neither (inside a "
                 "`tf.function` of its own they are not seen)."
             )
+        if len(recording.applied) > 1:
+            self._check_applied_once(recording)
+
+    def _check_applied_once(self, recording: Recording) -> None:
+        applied = [id(v) for each in recording.applied for v in each.variables]
+        if len(set(applied)) < len(applied) and not self._is_told_of_applies:
+            self._is_told_of_applies = True
+            _warn(
+                "A `train_step` must apply gradients to each weight once for "
+                "a window to be its large batch. Received: a `train_step` of "
+                f"{type(self.model).__name__} that does so "
+                f"{len(recording.applied)} times, all of which see the same "
+                "weights here. Add the gradients up, and apply their sum."
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

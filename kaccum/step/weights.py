@@ -30,10 +30,12 @@ class Reduction(NamedTuple):
             function of the user's own that returns a scalar).
         denominator: What a mean divided by, a float or a scalar float32 tensor,
             else `None`.
+        is_of_data: Whether that depends on a mask, or on sample weights.
     """
 
     kind: str
     denominator: Any = None
+    is_of_data: bool = False
 
 
 def reduction_of(
@@ -62,7 +64,31 @@ def reduction_of(
         return Reduction("mean", denominator or OF_NOTHING)
     is_nothing = ops.equal(denominator, 0.0)
     denominator = ops.where(is_nothing, OF_NOTHING, denominator)
-    return Reduction("mean", ops.cast(denominator, "float32"))
+    of_weights = reduction == "mean_with_sample_weight"
+    is_of_data = mask is not None or (of_weights and sample_weight is not None)
+    return Reduction("mean", ops.cast(denominator, "float32"), is_of_data)
+
+
+def proportions(reductions: Sequence[Reduction], data: Any) -> list[Any]:
+    """The denominators of several means, if they depend on the data.
+
+    Args:
+        reductions: How the micro-batch's losses became numbers.
+        data: The micro-batch.
+
+    Returns:
+        Scalars, with zeros for those of nothing; nothing where one weight is
+        right for all of them.
+    """
+    means = [each for each in reductions if each.kind in ("mean", "hidden")]
+    if len(means) < 2 or not any(each.is_of_data for each in means):
+        return []
+    values = [
+        examples_in(data) if each.denominator is None else each.denominator
+        for each in means
+    ]
+    values = [ops.cast(value, "float32") for value in values]
+    return [ops.where(ops.equal(v, OF_NOTHING), 0.0, v) for v in values]
 
 
 def weight_of(

@@ -12,6 +12,7 @@ from kaccum.backends import SumSpec, backend
 from kaccum.sums.gradients import GradientSums
 from kaccum.sums.log_means import LogMean, LogNumber
 from kaccum.sums.moments import LayerMoments, Moments
+from kaccum.sums.proportions import Proportions
 
 
 class Sums:
@@ -32,6 +33,10 @@ class Sums:
     mean and variance, `(features,)`, of the statistics' dtype, at least
     float32.
 
+    Where several losses divide by numbers of their own: those of the window's
+    first micro-batch, and how far the proportions of others were from theirs,
+    `()` each, float32.
+
     For the epoch: how many micro-batches were left out, `()`, int32.
 
     Each replica has its own, which an update adds up in one all-reduce.
@@ -47,6 +52,7 @@ class Sums:
         # By metric, or layer, and call: a step may use one more than once.
         self._log_means: dict[tuple[int, int], LogMean] = {}
         self._moments: dict[tuple[int, int], Moments] = {}
+        self._proportions: Proportions | None = None
         self._backend = backend()
         self._skipped = self._backend.new_sums([SumSpec((), "int32")])
 
@@ -70,12 +76,26 @@ class Sums:
             self._moments[key] = Moments(moments.layer)
         return self._moments[key]
 
+    def proportions(self, count: int) -> Proportions:
+        """Those of the denominators of so many losses."""
+        if self._proportions is None:
+            self._proportions = Proportions(count)
+        return self._proportions
+
+    @property
+    def disproportion(self) -> float:
+        """How far proportions were from those of their window, at most."""
+        return 0.0 if self._proportions is None else self._proportions.largest
+
     @property
     def all(self) -> list[Any]:
         """Every sum there is."""
+        kept = self._proportions.kept if self._proportions else []
         return [
             *self._skipped,
+            *kept,
             *(total for member in self._members for total in member.sums),
+            *(self._proportions.sums if self._proportions else []),
         ]
 
     @property
@@ -119,7 +139,7 @@ class Sums:
         """
         for each in self.gradients:
             each.empty(releases=releases)
-        for other in self._others:
+        for other in [*self._others, *filter(None, [self._proportions])]:
             other.empty()
 
     def release(self) -> None:

@@ -55,7 +55,8 @@ class TensorFlowRunner(AssigningRunner):
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
         pulled, given = super().pulled(batches, count)
-        if isinstance(batches, tf.data.Iterator):
+        is_compiled = not tf.config.functions_run_eagerly()
+        if isinstance(batches, tf.data.Iterator) and is_compiled:
             # So that nothing is traced for them alone.
             given = iterator_like(batches, pulled)
         return pulled, given
