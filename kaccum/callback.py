@@ -22,6 +22,7 @@ from kaccum.fit.micro_batches import MicroBatchSize
 from kaccum.fit.plan import (
     OF_ITS_OWN,
     Data,
+    advice,
     line_of_size,
     line_of_steps,
     say,
@@ -246,6 +247,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         if self._session is not None:
             steps = self._schedule.at(epoch) if self._schedule else 1
             self._session.begin_epoch(steps)
+            if self._size is None:
+                self._session.advice = advice(steps, None, self._data)
+            elif not self._size.is_auto:
+                size = int(self._size.size)
+                self._session.advice = advice(steps, size, self._data)
             self._say(steps)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

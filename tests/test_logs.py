@@ -75,21 +75,26 @@ def test_losses_of_outputs_and_scalar_metrics(execution, batch, options):
         assert micro[name] == pytest.approx(large[name], rel=1e-6), name
 
 
+@pytest.mark.filterwarnings("ignore:Losses that divide by numbers")
 @pytest.mark.parametrize("execution", ["graph", "eager"])
 def test_each_output_has_its_own_denominator(execution):
     """Also where they are not in proportion, which no update can serve."""
     logs = []
     callback = GradientAccumulationCallback(micro_batch_size=3)
     for callbacks in ([], [callback]):
-        history = two_outputs(execution, learning_rate=0.0).fit(
-            X,
-            {"a": X[:, :2], "b": X[:, 2:]},
-            sample_weight={"a": W, "b": np.ones(26, "float32")},
-            batch_size=13,
-            shuffle=False,
-            verbose=0,
-            callbacks=callbacks,
-        ).history
+        history = (
+            two_outputs(execution, learning_rate=0.0)
+            .fit(
+                X,
+                {"a": X[:, :2], "b": X[:, 2:]},
+                sample_weight={"a": W, "b": np.ones(26, "float32")},
+                batch_size=13,
+                shuffle=False,
+                verbose=0,
+                callbacks=callbacks,
+            )
+            .history
+        )
         logs.append([history["a_loss"][0], history["b_loss"][0]])
     assert logs[1] == pytest.approx(logs[0], rel=1e-6)
 

@@ -146,7 +146,7 @@ def _train_in_parts_that_fit(
             result = train(micro_batches, len(parts))
             runner.wait()
         except Exception as error:
-            origin = _out_of_memory(error, already)
+            origin = out_of_memory(error, already)
             if origin is None:
                 raise
             runner.restore()
@@ -162,10 +162,10 @@ def _train_in_parts_that_fit(
         gc.collect()
 
 
-def _out_of_memory(
+def out_of_memory(
     error: BaseException | None, already: BaseException | None
 ) -> BaseException | None:
-    """The error that says so, if one is the origin of `error`.
+    """The error that says that memory ran out, if that caused `error`.
 
     Args:
         error: What was raised. Keras wraps what a layer raises, `from None`.

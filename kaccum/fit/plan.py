@@ -98,6 +98,27 @@ OF_ITS_OWN = (
 )
 
 
+def advice(steps: int, size: int | None, data: Data) -> str:
+    """What to write where memory runs out, a sentence."""
+    auto = '`micro_batch_size="auto"` finds what fits.'
+    if size is not None:
+        return (
+            f"kaccum: micro-batches of {size} examples did not fit in memory. "
+            f"Write `micro_batch_size={max(1, size // 2)}`; {auto}"
+        )
+    if not data.batch_size:
+        return (
+            "kaccum: a micro-batch did not fit in memory. Halve the batches of "
+            f"the data, and write `steps={2 * steps}`."
+        )
+    return (
+        f"kaccum: micro-batches of {data.batch_size} examples did not fit in "
+        f"memory. Write `batch_size={max(1, data.batch_size // 2)}` and "
+        f"`steps={2 * steps}`; or `batch_size={steps * data.batch_size}` and "
+        f"{auto}"
+    )
+
+
 def say(message: str, verbose: Any) -> None:
     """Prints a line as `fit` does, unless it is to be silent."""
     if verbose != 0:

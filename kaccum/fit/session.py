@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,11 @@ import keras
 
 from kaccum import callers
 from kaccum.backends import backend
-from kaccum.fit.micro_batches import MicroBatchSize, train_in_parts
+from kaccum.fit.micro_batches import (
+    MicroBatchSize,
+    out_of_memory,
+    train_in_parts,
+)
 from kaccum.fit.plan import warn_of_uncut
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
@@ -115,12 +120,14 @@ class Session:
         """
         self._begin(window, is_for_fit, size, on_update)
         self._use_runner(options)
+        self._step.expect(window.steps)
         for patch in self._patches:
             patch.install()
 
     def begin_epoch(self, steps: int) -> None:
         """Starts an empty window of `steps` micro-batches."""
         self._window.steps = steps
+        self._step.expect(steps)
         self._window.reset()
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
@@ -155,6 +162,8 @@ class Session:
         self._on_update = on_update
         self._updates = 0
         self._skipped_before = 0
+        #: What to write where memory runs out.
+        self.advice = ""
         # A micro-batch of one example that losses were tried on.
         self._single: list[Any] = []
 
@@ -233,6 +242,7 @@ class Session:
         )
 
     def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
+        self._step.expect(count)
         # Until the update, which comes afterwards, no weight changes.
         closes = [False] * count
         ran = self._runner.run(micro_batches, closes, is_plain=False)
@@ -253,18 +263,24 @@ class Session:
     @contextlib.contextmanager
     def _recovering(self) -> Iterator[None]:
         """Forgets the window after an error: what it added is not known."""
+        already = sys.exc_info()[1]
         try:
             yield
         except self._runner.end_of_data:
             raise
-        except BaseException:
+        except BaseException as error:
             if self._is_for_fit:
                 # `fit` ends here, without `on_train_end`.
                 self.give_back()
             else:
                 self._window.reset()
                 self._step.empty()
-            raise
+            origin = out_of_memory(error, already)
+            if origin is None or not self.advice:
+                raise
+            # Of two of these, the inner one has said it.
+            sentence, self.advice = self.advice, ""
+            raise backend().out_of_memory(origin, sentence) from error
 
     def _get_metrics_result(self) -> Any:
         if thread.recording is not None:

@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from kaccum import callers
+from kaccum.checks import is_scaling_losses
 from kaccum.step import weights
 from kaccum.step.recording import Applied, Recording, thread
 from kaccum.sums.gradients import build_optimizer, variables_of
@@ -136,8 +137,18 @@ def on_other_update(
 
 def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
     """The loss of a step."""
+    step, optimizer = recording.step, recording.step.optimizer
     recording.scale = original
-    optimizer = recording.step.optimizer
+    is_sum = recording.weight(slice(len(recording.reductions))) is None
+    if is_scaling_losses(optimizer) and not is_sum:
+        # A part of a batch that is scaled as the whole would overflow earlier.
+        step.scales = True
+
+        def scale(loss: Any) -> Any:
+            parts = ops.cast(step.sums.parts_of_loss, loss.dtype)
+            return original(loss / parts)
+
+        recording.scale = scale
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # Until it is built it scales by a constant, which would be
         # compiled into the step (Keras 3.15).
@@ -145,10 +156,10 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
     if recording.second_gradients is not None and recording.undivided:
         # On JAX this is in what it takes the gradient of, which goes on there.
         recording.undivided_gradients = recording.second_gradients(
-            original(recording.undivided_loss),
+            recording.scale(recording.undivided_loss),
             recording.step.model.trainable_weights,
         )
-    return original(loss)
+    return recording.scale(loss)
 
 
 def on_compiled_loss(
@@ -193,6 +204,11 @@ def on_reduction(
     dtype: Any = None,
 ) -> Any:
     """How it becomes a number."""
+    if not is_here(recording):
+        of_weights = reduction == "mean_with_sample_weight"
+        if mask is not None or (of_weights and sample_weight is not None):
+            recording.step.warn_of_unheard()
+        return original(values, sample_weight, mask, reduction, dtype)
     if not recording.is_in_loss or recording.depth != 1:
         return original(values, sample_weight, mask, reduction, dtype)
     is_sum = recording.step.kinds.of(recording.loss) == "sum"

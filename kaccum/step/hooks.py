@@ -121,7 +121,7 @@ HOOKS = (
          _model, hearing.on_added_loss),
     Hook("keras.src.losses.loss", "reduce_weighted_values", STEP, "3.0",
          "The denominator of a loss is the weight of its micro-batch.",
-         _losses, hearing.on_reduction),
+         _losses, hearing.on_reduction, also_inside=True),
     Hook("keras.src.losses.loss", "scale_loss_for_distribution", STEP, "3.8",
          "A replica's loss is that of its own micro-batch, not divided by "
          "their number.",

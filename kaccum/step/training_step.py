@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import keras
 
 from kaccum.backends import backend
+from kaccum.checks import is_scaling_losses
 from kaccum.patches import patched
 from kaccum.step import hooks
 from kaccum.step.kinds import MEAN, SUM, Kinds, measure
@@ -70,10 +71,18 @@ class TrainingStep:
         self.assigned: dict[int, Any] = {}
         #: The names of those that were to wait for the update.
         self.moved: list[str] = []
+        #: Whether it scales the loss of a micro-batch as a part of its window.
+        self.scales = False
         self._noted = 0
         self._is_told_of_moved = False
         self._is_told_of_proportions = False
         self._is_told_of_applies = False
+        self._is_told_of_unheard = False
+
+    def expect(self, micro_batches: int) -> None:
+        """Says how many micro-batches a window is meant to have."""
+        if is_scaling_losses(self.optimizer):
+            self.sums.set_parts_of_loss(micro_batches)
 
     @property
     def is_sum(self) -> bool:
@@ -246,11 +255,27 @@ class TrainingStep:
         """
         releases = self._releases and not self.model.jit_compile
         with patched(self._whole_gradients if self._has_replicas else []):
-            self.sums.close(releases=releases)
+            self.sums.close(
+                releases=releases, scales=self.scales, halves=self._halves
+            )
 
     def empty(self) -> None:
         """Makes the sums of the window zero. XLA must not compile that."""
         self.sums.empty(releases=self._releases)
+
+    @property
+    def _halves(self) -> set[int]:
+        """Of the weights that a `LossScaleOptimizer` is there for."""
+        if not is_scaling_losses(self.optimizer):
+            return set()
+        return {
+            id(variable)
+            for layer in self.model._flatten_layers()
+            if getattr(layer, "compute_dtype", None) == "float16"
+            for variable in layer._trainable_variables
+            # Else it is computed with in its own dtype (Keras 3.15).
+            if variable._autocast
+        }
 
     @property
     def _has_replicas(self) -> bool:
@@ -290,6 +315,21 @@ class TrainingStep:
             and variable.name != "seed_generator_state"
         ]
         self.moved = [*dict.fromkeys([*self.moved, *paths])]
+
+    def warn_of_unheard(self) -> None:
+        """Warns, once, of a denominator where it cannot be kept."""
+        if self.options.weight is None and not self._is_told_of_unheard:
+            self._is_told_of_unheard = True
+            _warn(
+                "A loss with a mask, or with weights under "
+                "`mean_with_sample_weight`, must be computed where kaccum "
+                "hears what it divides by: not in a `tf.function`, `tf.cond` "
+                "or `jax.jit` of a step's own, and on JAX in `jax.grad` or "
+                "`jax.value_and_grad` by these names (not imported by `from "
+                f"jax import`). Received: a {type(self.model).__name__} that "
+                "computes one there, whose micro-batches are weighted by their "
+                "examples. Pass `weight`, a function that computes it."
+            )
 
     def warn_of_moved(self) -> None:
         """Warns, once, of state that moves with each micro-batch."""

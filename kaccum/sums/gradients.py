@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -59,6 +59,10 @@ class GradientSums:
         self._entries: dict[int, _Entry] = {}
         self._is_divided: bool | None = None
         self._once: Sequence[Callable[[], Any]] = ()
+        #: What their sum is multiplied by, a scalar, or `None`.
+        self.factor: Any = None
+        #: The `id`s of variables whose gradient would have been of float16.
+        self.halves: Collection[int] = ()
         self._backend = backend()
         # Their weight, and how many they are.
         self._numbers = self._backend.new_sums(
@@ -314,6 +318,15 @@ class GradientSums:
         ]
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients, count - 1)
+        if self.factor is not None:
+            gradients = [
+                g if g is None or entry.is_overwritten else g * self.factor
+                for g, entry in zip(gradients, used)
+            ]
+        gradients = [
+            _overflown(g) if id(entry.variable) in self.halves else g
+            for g, entry in zip(gradients, used)
+        ]
         return [
             g if g is None else ops.cast(g, entry.dtype)
             for g, entry in zip(gradients, used)
@@ -334,6 +347,14 @@ class GradientSums:
                 dtype = gradients[i].dtype
                 term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
                 gradients[i] -= term
+
+
+def _overflown(gradient: Any) -> Any:
+    """A gradient with infinities where one of float16 would have them."""
+    if gradient is None:
+        return None
+    is_too_large = ops.greater_equal(ops.abs(gradient), 65520.0)
+    return ops.where(is_too_large, float("inf"), gradient)
 
 
 def _spec_of(gradient: Any, variable: Any) -> SumSpec:

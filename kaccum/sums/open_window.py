@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -37,6 +38,9 @@ class Sums:
     first micro-batch, and how far the proportions of others were from theirs,
     `()` each, float32.
 
+    Under a `LossScaleOptimizer`: by how much the loss of a micro-batch is
+    scaled down, `()`, float32.
+
     For the epoch: how many micro-batches were left out, `()`, int32.
 
     Each replica has its own, which an update adds up in one all-reduce.
@@ -55,6 +59,9 @@ class Sums:
         self._proportions: Proportions | None = None
         self._backend = backend()
         self._skipped = self._backend.new_sums([SumSpec((), "int32")])
+        # Zero for not at all.
+        self._parts = self._backend.new_sums([SumSpec((), "float32")])
+        self._known_parts = 0.0
 
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
@@ -93,6 +100,7 @@ class Sums:
         kept = self._proportions.kept if self._proportions else []
         return [
             *self._skipped,
+            *self._parts,
             *kept,
             *(total for member in self._members for total in member.sums),
             *(self._proportions.sums if self._proportions else []),
@@ -102,6 +110,24 @@ class Sums:
     def skipped(self) -> Any:
         """How many micro-batches were left out, a scalar int32."""
         return self._backend.values_of(self._skipped)[0]
+
+    @property
+    def parts_of_loss(self) -> Any:
+        """By how much the loss of a micro-batch is scaled down, a scalar."""
+        # From outside each replica is given its share.
+        own = self._backend.values_of(self._parts)[0]
+        return ops.maximum(own * self._backend.replicas(), 1.0)
+
+    def set_parts_of_loss(self, count: int) -> None:
+        """Says how many micro-batches a window is meant to have.
+
+        A power of two near it changes no digit of a number.
+        """
+        parts = 2.0 ** round(math.log2(count))
+        if parts != self._known_parts:
+            self._known_parts = parts
+            value = ops.convert_to_tensor(parts, "float32")
+            self._backend.assign(self._parts, [value])
 
     def count_skipped(self, is_skipped: Any) -> None:
         """Counts a micro-batch that is left out where that is true."""
@@ -115,14 +141,22 @@ class Sums:
         """Whether the window holds no micro-batch: scalar bool."""
         return ops.equal(sum(each.count for each in self.gradients), 0)
 
-    def close(self, *, releases: bool) -> None:
+    def close(
+        self, *, releases: bool, scales: bool, halves: Collection[int] = ()
+    ) -> None:
         """Makes the update of the open window, on each replica.
 
         The sums are to be emptied next.
 
         Args:
             releases: As of `GradientSums.parts`.
+            scales: Whether the losses were scaled down.
+            halves: The `id`s of variables whose gradient would have been of
+                float16.
         """
+        for each in self.gradients:
+            each.factor = self.parts_of_loss if scales else None
+            each.halves = halves
         groups = [each.parts(releases=releases) for each in self.gradients]
         groups += [each.parts() for each in self._others]
         flat = [tensor for group in groups for tensor in group]

@@ -72,6 +72,8 @@ class JaxBackend(Backend):
     def assign(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):
             total.value = jnp.asarray(value, total.dtype)
+            if total.sharding is not None and self.is_eager():
+                total.value = jax.device_put(total.value, total.sharding)
 
     def increase(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):

@@ -44,7 +44,7 @@ class JaxRunner(Runner):
         # The model may be compiled with another one before the last update.
         self._optimizer = model.optimizer
         # What the compiled functions get and return, in this order.
-        self._sums: list[Sum] = []
+        self._sums: list[Sum] = list(step.sums.all)
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
