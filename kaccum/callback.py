@@ -247,6 +247,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         if self._session is not None:
             steps = self._schedule.at(epoch) if self._schedule else 1
             self._session.begin_epoch(steps)
+            self._session.batch_size = self._data.batch_size
             if self._size is None:
                 self._session.advice = advice(steps, None, self._data)
             elif not self._size.is_auto:

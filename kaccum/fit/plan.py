@@ -40,11 +40,20 @@ class Data(NamedTuple):
         iterator = callers.variable_of_fit(model, "epoch_iterator")
         adapter: Any = getattr(iterator, "data_adapter", None)
         batches = params.get("steps")
-        size = getattr(adapter, "batch_size", None)
+        size = _batch_size_of(adapter)
         last = size
         if size and batches == adapter.num_batches:
             last = adapter.partial_batch_size or size
         return cls(batches, size, last, params.get("epochs") or 1)
+
+
+def _batch_size_of(adapter: Any) -> int | None:
+    try:
+        size = getattr(adapter, "batch_size", None)
+    except IndexError:
+        # Of a data set whose first part is a scalar (Keras 3.15).
+        return None
+    return int(size) if size else None
 
 
 def line_of_steps(steps: int, data: Data) -> str:

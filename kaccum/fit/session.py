@@ -164,6 +164,8 @@ class Session:
         self._skipped_before = 0
         #: What to write where memory runs out.
         self.advice = ""
+        #: How many examples a batch of `fit` was asked to have, if known.
+        self.batch_size: int | None = None
         # A micro-batch of one example that losses were tried on.
         self._single: list[Any] = []
 
@@ -220,10 +222,13 @@ class Session:
         return logs
 
     def _warn_of_uncut(self, batch: Any, size: MicroBatchSize) -> None:
+        if size.is_auto or self._updates > 0:
+            return
+        # There may be less data than the batch that was asked for.
         examples = backend().examples_in(batch)
-        if not size.is_auto and self._updates == 0:
-            if len(size.parts_of(examples)) == 1:
-                warn_of_uncut(int(size.size), sum(examples))
+        asked = self.batch_size or sum(examples)
+        if asked <= int(size.size) * len(examples):
+            warn_of_uncut(int(size.size), asked)
 
     def _measure(self, batches: list[Any]) -> None:
         """Learns in the first window what kinds of losses there are."""
