@@ -449,6 +449,13 @@ BAD_ADDS = {
         "Received: 'other', which is not among them. Use another optimizer, "
         "in a `GradientAccumulator` of its own.",
     ),
+    "another-shape": (
+        lambda sums, variable: sums.add(
+            [ops.array([1.0, 2.0])], [variable], 1.0
+        ),
+        "A gradient must have the shape of its variable. Received: one of "
+        "shape (2,) for 'mine', of shape (1,).",
+    ),
     "weight-none-after-a-number": (
         lambda sums, variable: sums.add([[1.0]], [variable], None),
         "`weight` must be `None` for all micro-batches or for none: losses "
@@ -467,12 +474,36 @@ def moved(sums, variable):
 def test_a_bad_add_adds_nothing(name):
     """A whole sentence; and the window is what it was."""
     call, message = BAD_ADDS[name]
-    variable = keras.Variable([0.0])
+    variable = keras.Variable([0.0], name="mine")
     sums = GradientAccumulator(keras.optimizers.SGD(1.0))
     sums.add([ops.array([3.0])], [variable], 1.0)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call(sums, variable)
     assert int(sums.count) == 1 and moved(sums, variable) == 3.0
+
+
+def test_gradients_and_variables_the_other_way_round_are_refused():
+    """As `zip` in the loops of some libraries has them."""
+    variable = keras.Variable([0.0])
+    sums = GradientAccumulator(keras.optimizers.SGD(1.0))
+    with pytest.raises(
+        TypeError,
+        match="`add` must be called with gradients and then variables. "
+        "Received: them the other way round. Write `add\\(gradients, "
+        "variables, weight=...\\)`.",
+    ):
+        sums.add([variable], [ops.array([1.0])], 1.0)
+
+
+def test_a_model_of_legacy_keras_is_refused():
+    """By name: it looks like one of Keras 3."""
+    legacy = type("Model", (), {"__module__": "tf_keras.src.engine.training"})
+    with pytest.raises(
+        TypeError,
+        match="`model` must be a `keras.Model` of Keras 3. Received: a Model "
+        "of the legacy package `tf_keras`.",
+    ):
+        accumulate(legacy(), 2)
 
 
 @pytest.mark.parametrize(

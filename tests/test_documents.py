@@ -143,6 +143,16 @@ def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
     assert path.stat().st_size > 1000
 
 
+def test_the_main_job_names_the_extra_that_it_needs(monkeypatch, capsys):
+    """Where scikit-learn is not installed."""
+    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    assert __main__.main(["--plot", "digits.png"]) == 2
+    assert capsys.readouterr().err == (
+        "The demo needs scikit-learn and matplotlib, which `pip install "
+        "kaccum[demo]` installs.\n"
+    )
+
+
 @needs_demo
 @pytest.mark.parametrize("size", ["auto", *at_night(["100"])])
 def test_the_main_job_cuts_large_batches(size, capsys):

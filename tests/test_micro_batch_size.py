@@ -615,9 +615,9 @@ def test_memory_that_ran_out_is_recognised(origin, how):
     if how != "bare":
         error = RuntimeError("wrapped")
         setattr(error, f"__{how}__", origin)
-    assert micro_batches._out_of_memory(error, None) is origin
-    assert micro_batches._out_of_memory(error, origin) is None
-    assert micro_batches._out_of_memory(RuntimeError("wrapped"), None) is None
+    assert micro_batches.out_of_memory(error, None) is origin
+    assert micro_batches.out_of_memory(error, origin) is None
+    assert micro_batches.out_of_memory(RuntimeError("wrapped"), None) is None
     again = backend().out_of_memory(origin, "And this.")
     assert isinstance(again, type(out_of_memory()))
     assert re.search(r"\nAnd this\.$", getattr(again, "message", str(again)))

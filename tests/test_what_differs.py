@@ -307,3 +307,38 @@ def test_debugging_is_the_large_batch(debugging, steps_per_execution):
     for ours in weights[1:]:
         for a, b in zip(ours, weights[0]):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@only_on("jax", reason="it hears gradients that steps take by any name")
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_denominator_that_is_not_heard_is_told(is_masked, recwarn):
+    """A step that imported `value_and_grad` by that name."""
+    from jax import value_and_grad
+
+    class Own(keras.Model):
+        def train_step(self, state, data):
+            trainable, non_trainable, optimizer, metrics = state
+            x, y, *_ = data
+
+            def compute(trainable):
+                y_pred, _ = self.stateless_call(
+                    trainable, non_trainable, x, training=True
+                )
+                return self.compute_loss(x, y, y_pred)
+
+            value, gradients = value_and_grad(compute)(trainable)
+            trainable, optimizer = self.optimizer.stateless_apply(
+                optimizer, gradients, trainable
+            )
+            state = trainable, non_trainable, optimizer, metrics
+            return {"own": value}, state
+
+    keras.utils.set_random_seed(0)
+    x = keras.Input((7,))
+    h = layers.Embedding(5, 6, mask_zero=is_masked)(x)
+    model = Own(x, layers.Dense(5)(h))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, **compile_options())
+    fit(model, x=WORDS, y=WORDS)
+    unheard = "A loss with a mask, or with weights under"
+    assert len(told(recwarn, unheard)) == is_masked
