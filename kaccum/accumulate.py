@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -73,15 +73,31 @@ def accumulate(
     backend()
     check_model(model)
     check_weight(weight)
-    return _Accumulating(_accumulating(model, steps, Options(weight=weight)))
+    options = Options(weight=weight)
+    return _Accumulating(lambda: _accumulating(model, steps, options))
 
 
-class _Accumulating(contextlib.AbstractContextManager[None]):
-    """What `accumulate` returns: it does nothing until it is entered."""
+class _Accumulating(
+    contextlib.ContextDecorator, contextlib.AbstractContextManager[None]
+):
+    """What `accumulate` returns: it does nothing until it is entered.
 
-    def __init__(self, inner: AbstractContextManager[None]) -> None:
-        self._inner = inner
+    As a decorator it is entered whenever the function is called.
+    """
+
+    def __init__(
+        self, make: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._make = make
+        self._inner = make()
         self._is_entered = False
+
+    def __call__(self, function: Any) -> Any:
+        self._is_entered = True
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> _Accumulating:
+        return _Accumulating(self._make)
 
     def __enter__(self) -> None:
         self._is_entered = True

@@ -13,7 +13,13 @@ from kaccum import GradientAccumulationCallback, accumulate
 from kaccum.step import kinds
 from kaccum.step.kinds import MEAN, SUM, Numbers, kind_of
 from kaccum.step.training_step import Options, TrainingStep
-from tests.backends import BACKEND, EXECUTIONS, compile_options, own_step
+from tests.backends import (
+    BACKEND,
+    EXECUTIONS,
+    compile_options,
+    only_on,
+    own_step,
+)
 from tests.profiles import at_night
 
 RNG = np.random.default_rng(0)
@@ -414,13 +420,19 @@ def test_no_class_of_keras_raises_a_false_alarm(name):
 
 def kind_in_a_step(model, batch):
     """What a step takes the loss of a model for."""
+    kinds = kinds_of(model, batch)
+    return kinds.of(model._compile_loss._flat_losses[0].loss)
+
+
+def kinds_of(model, batch):
+    """What a step learns of the losses of a model."""
     model.make_train_function()
     step = TrainingStep(model, Options())
     runner = step.backend.runner(model, step)
     x, y, *weights = keras.tree.map_structure(ops.convert_to_tensor, batch)
-    model._compile_loss.build(y, model(x))
+    model._compile_loss.build(y, model.output)
     step.measure([(x, y, *weights)], runner.look)
-    return step.kinds.of(model._compile_loss._flat_losses[0].loss)
+    return step.kinds
 
 
 @pytest.mark.parametrize("way", ["steps", *at_night(["cut", "one example"])])
@@ -560,3 +572,185 @@ def test_measuring_leaves_the_data_alone():
         kind_in_a_step(model, tuple(batch))
     for old, new in zip(before, batch):
         np.testing.assert_array_equal(old, np.array(new))
+
+
+class Computing(keras.Model):
+    """A step that takes the losses as they are compiled."""
+
+    def train_step(self, *arguments):
+        def loss(y, y_pred):
+            return self.compute_loss(None, y, y_pred)
+
+        return own_step(loss)(self, *arguments)
+
+
+class ComputingMean(keras.Model):
+    """A step that divides them."""
+
+    def train_step(self, *arguments):
+        def loss(y, y_pred):
+            return self.compute_loss(None, y, y_pred) / 4.0
+
+        return own_step(loss)(self, *arguments)
+
+
+def test_a_sum_in_a_step_of_ones_own_is_told():
+    """What the step makes of it cannot be known: a mean, as before, or not."""
+    case = Case(lambda: dense(kind=ComputingMean), {"loss": the_sum})
+    with pytest.warns(UserWarning, match='pass `weight="sum"`, else') as told:
+        ours, _ = weights_and_own(case, 4, steps=4)
+    assert len([w for w in told if w.category is UserWarning]) == 1
+    mean = Case(lambda: dense(kind=Computing), {"loss": the_mean})
+    large, _ = weights_and_own(mean, 16)
+    # Twice in two updates it sees other weights: rounded by their length.
+    assert np.dot(ours, large) > 0.99 * np.linalg.norm(ours) * np.linalg.norm(
+        large
+    )
+    summed = Case(lambda: dense(kind=Computing), {"loss": the_sum})
+    large, _ = weights_and_own(summed, 16)
+    ours, _ = weights_and_own(summed, 4, steps=4, weight="sum")
+    assert_close(ours, large)
+
+
+def weights_and_own(case, batch_size, **arguments):
+    """One epoch of whole windows, of a step of its own."""
+    keras.utils.set_random_seed(0)
+    model = case.build()
+    model.compile("sgd", **case.compiled, **compile_options(QUICK))
+    ours = [GradientAccumulationCallback(**arguments)] if arguments else []
+    before = model.get_weights()
+    model.fit(
+        case.x[:32],
+        case.y[:32],
+        batch_size=batch_size,
+        shuffle=False,
+        verbose=0,
+        callbacks=ours,
+    )
+    moves = [a - b for a, b in zip(model.get_weights(), before)]
+    return np.concatenate([np.ravel(m) for m in moves]), None
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision_raises_no_false_alarm(policy, recwarn):
+    """Its rounding is coarser."""
+    x = keras.Input((6,))
+    with _policy(policy):
+        y = layers.Dense(3)(x)
+        for loss in (ops.mean, ops.sum):
+            y = Adding(lambda s, loss=loss: 0.1 * loss(s))(y)
+        model = keras.Model(x, y)
+        model.compile("sgd", "mse", **compile_options(QUICK))
+        step_kinds = kinds_of(model, (X[:8], Y[:8]))
+    assert step_kinds.added == ["mean", "sum"]
+    assert not [w for w in recwarn if NOT_THE_LARGE_BATCH in str(w.message)]
+
+
+class _policy:
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.name)
+
+    def __exit__(self, *error):
+        keras.config.set_dtype_policy(self.before)
+
+
+@pytest.mark.parametrize("loss", [ops.mean, ops.sum])
+def test_terms_that_cancel_raise_no_false_alarm(loss, recwarn):
+    """The divergence of a variational encoder near its start."""
+
+    def divergence(squares):
+        small = 5e-4 * squares
+        return loss(-0.5 * (1 + small - small**2 - ops.exp(small)))
+
+    model = adding(divergence)()
+    model.compile("sgd", "mse", **compile_options(QUICK))
+    assert kinds_of(model, (X[:8], Y[:8])).added == [loss.__name__]
+    assert not [w for w in recwarn if NOT_THE_LARGE_BATCH in str(w.message)]
+
+
+def test_a_sum_of_another_shape_is_a_sum():
+    """Keras takes the mean of the one number that is there."""
+    case = Case(dense, {"loss": lambda y, p: ops.reshape(the_sum(y, p), (1,))})
+    weights, losses = weights_and_loss(case, 16)
+    ours, ours_logged = weights_and_loss(case, 4, steps=4)
+    assert_close(ours, weights)
+    np.testing.assert_allclose(ours_logged, losses, rtol=2e-5)
+
+
+def test_a_loss_that_is_zero_at_first_is_told_later():
+    """A sum that begins to count after the first window."""
+
+    def late(y, y_pred):
+        counts = ops.cast(ops.max(y) > 2.0, "float32")
+        return counts * ops.sum(ops.square(y - y_pred))
+
+    y = Y.copy()
+    y[16:] += 3.0
+    case = Case(dense, {"loss": late}, y=y)
+    with pytest.warns(UserWarning, match=NOT_THE_LARGE_BATCH):
+        weights_and_loss(case, 4, steps=4)
+
+
+def test_terms_that_are_added_in_training_only_are_told():
+    """Which are means, and which sums, is known by their order."""
+
+    class InTraining(Adding):
+        def call(self, inputs, training=None):
+            if training:
+                self.add_loss(ops.sum(ops.square(inputs)))
+            return inputs
+
+    def build():
+        x = keras.Input((6,))
+        return keras.Model(x, InTraining(None)(layers.Dense(3)(x)))
+
+    with pytest.warns(UserWarning, match="Received: 1 and 0. Pass `weight`"):
+        weights_and_loss(Case(build, {"loss": "mse"}), 4, steps=4)
+
+
+@only_on("torch", reason="no modules and random numbers of PyTorch")
+def test_measuring_moves_nothing_of_pytorch():
+    """Statistics of modules, and the random numbers of the process."""
+    import torch
+
+    class Module(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.wrapped = layers.TorchModuleWrapper(torch.nn.BatchNorm1d(6))
+
+        def build(self, shape):
+            self.built = True
+
+        def compute_output_spec(self, inputs):
+            return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+        def call(self, inputs):
+            return self.wrapped(inputs) + 0.0 * torch.randn(6)
+
+    x = keras.Input((6,))
+    layer = Module()
+    model = keras.Model(x, layers.Dense(3)(layer(x)))
+    model.compile("sgd", "mse")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    tracked = layer.wrapped.module.num_batches_tracked.clone()
+    kinds_of(model, (X[:8], Y[:8]))
+    assert torch.equal(layer.wrapped.module.num_batches_tracked, tracked)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_weight_need_not_be_hashable():
+    """A function of a user's own may be an object."""
+
+    class Weight:
+        __hash__ = None
+
+        def __call__(self, x, y, sample_weight):
+            return float(len(y))
+
+    weights_and_loss(Case(dense, {"loss": "mse"}), 4, steps=4, weight=Weight())

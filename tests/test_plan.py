@@ -256,6 +256,20 @@ def test_accumulate_that_is_never_entered_is_told():
         gc.collect()
 
 
+def test_accumulate_decorates_a_function():
+    """As other contexts do; it is entered at each call."""
+    model = small()
+
+    @accumulate(model, 2)
+    def train():
+        for _ in range(2):
+            model.train_on_batch(X[:4], Y[:4])
+
+    train()
+    train()
+    assert int(model.optimizer.iterations) == 2
+
+
 SCHEDULES = {
     "decay_steps": schedules.CosineDecay(0.1, 58),
     "first_decay_steps": schedules.CosineDecayRestarts(0.1, 50),
@@ -271,9 +285,20 @@ def test_a_schedule_that_counts_micro_batches_is_told(name):
         UserWarning,
         match="A schedule of the learning rate must count updates, of which a "
         f"window of micro-batches makes one. Received: `{name}` up to .*, and "
-        "16 updates in this `fit`. Divide it by steps=4.",
+        "16 updates in this `fit`. If it is the only one, divide that by "
+        "steps=4.",
     ):
         fit_with(4, 8, optimizer, epochs=2)
+
+
+def test_a_schedule_of_several_fits_is_not_told(recwarn):
+    """A second one goes on where the first one ended."""
+    optimizer = keras.optimizers.SGD(schedules.CosineDecay(0.1, 58))
+    model = small(optimizer=optimizer)
+    model.fit(X, Y, batch_size=64, epochs=8, verbose=0)
+    callback = GradientAccumulationCallback(4)
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[callback])
+    assert not [w for w in recwarn if "A schedule" in str(w.message)]
 
 
 @pytest.mark.parametrize(

@@ -163,12 +163,7 @@ class TorchRunner(AssigningRunner):
         if self._has_looked:
             return super()._add(data)
         self._has_looked = True
-        # Those of wrapped modules, their statistics for example.
-        buffers = {
-            f"{layer.name}/{name}": buffer
-            for layer in self.model._flatten_layers()
-            for name, buffer in layer.named_buffers()
-        }
+        buffers = self._buffers()
         values = {name: each.clone() for name, each in buffers.items()}
         logs = super()._add(data)
         self._step.moved += [
@@ -180,7 +175,23 @@ class TorchRunner(AssigningRunner):
 
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
-        return super().look(function, data)
+        buffers = self._buffers()
+        before = {name: each.clone() for name, each in buffers.items()}
+        # Neither what modules of PyTorch keep nor its random numbers move.
+        with torch.random.fork_rng():
+            try:
+                return super().look(function, data)
+            finally:
+                for name, buffer in buffers.items():
+                    buffer.copy_(before[name])
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What modules of PyTorch keep: no variables of Keras."""
+        return {
+            f"{layer.name}/{name}": buffer
+            for layer in self.model._flatten_layers()
+            for name, buffer in layer.named_buffers()
+        }
 
     def restore(self) -> None:
         # They hold memory.

@@ -158,13 +158,16 @@ def warn_of_mistakes(
             "`micro_batch_size` instead of `steps`."
         )
     name, end = _end_of_schedule(optimizer)
+    if int(optimizer.iterations) > 0:
+        # It is another fit that the schedule is of, too.
+        return
     total, batches = updates * data.epochs, data.batches * data.epochs
     if total < end <= 1.1 * batches:
         _warn(
             "A schedule of the learning rate must count updates, of which a "
             f"window of micro-batches makes one. Received: `{name}` up to "
-            f"{end}, and {total} updates in this `fit`. Divide it by "
-            f"steps={steps}."
+            f"{end}, and {total} updates in this `fit`. If it is the only one, "
+            f"divide that by steps={steps}."
         )
 
 

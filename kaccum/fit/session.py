@@ -27,6 +27,10 @@ from kaccum.step.recording import SKIPPED, thread
 from kaccum.step.training_step import Options, TrainingStep
 from kaccum.step.weights import examples_in
 
+#: How often losses that do not tell what they are are tried after the first
+#: window, to warn.
+MOST_TRIES = 8
+
 
 class Session:
     """A model whose gradients are accumulated.
@@ -38,7 +42,7 @@ class Session:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self._optimizer = model.optimizer
-        self._runners: dict[Options, Any] = {}
+        self._runners: dict[Any, Any] = {}
         self._runner: Any = None
         self._begin(Window(1), is_for_fit=True)
         self._get_plain_metrics = model.get_metrics_result
@@ -168,14 +172,18 @@ class Session:
         self.batch_size: int | None = None
         # A micro-batch of one example that losses were tried on.
         self._single: list[Any] = []
+        self._tries = 0
 
     def _use_runner(self, options: Options) -> None:
-        if options not in self._runners:
+        if options.key not in self._runners:
+            if callable(options.weight):
+                # A function of each fit's own is compiled, and not kept.
+                self._runners.clear()
             with backend().scope_of(self._model):
                 step = TrainingStep(self._model, options)
             made = backend().runner(self._model, step)
-            self._runners[options] = (made, step)
-        self._runner, self._step = self._runners[options]
+            self._runners[options.key] = (made, step)
+        self._runner, self._step = self._runners[options.key]
         self._runner.start()
 
     def _keep(self) -> None:
@@ -233,7 +241,9 @@ class Session:
     def _measure(self, batches: list[Any]) -> None:
         """Learns in the first window what kinds of losses there are."""
         kinds = self._step.kinds
-        if self._updates > 0 or self._step.options.weight is not None:
+        self._tries += 1
+        is_over = self._updates > 0 and self._tries > MOST_TRIES
+        if is_over or self._step.options.weight is not None:
             kinds.are_known = True
             return
         of_one = backend().of_one_replica

@@ -212,6 +212,10 @@ def on_reduction(
     if not recording.is_in_loss or recording.depth != 1:
         return original(values, sample_weight, mask, reduction, dtype)
     is_sum = recording.step.kinds.of(recording.loss) == "sum"
+    if is_sum and not recording.step.is_keras_step:
+        if tuple(values.shape) == () and recording.step.options.weight is None:
+            recording.step.kinds.warn_of_sum(recording.loss)
+        is_sum = False
     # Before Keras changes weights and masks in place (PyTorch, 3.15).
     recording.reductions.append(
         weights.reduction_of(
@@ -230,7 +234,18 @@ def on_added_loss(recording: Recording, original: Call, loss: Any) -> Any:
     call = recording.calls["added"]
     recording.calls["added"] += 1
     kind = recording.step.kinds.of_added(call)
-    if len(loss.shape) > 0 or kind == "sum":
+    is_sum = len(loss.shape) > 0 or kind == "sum"
+    if not recording.step.adds_losses_up:
+        # It cannot be kept apart from what else such a step makes of losses.
+        if is_sum and recording.step.is_keras_step:
+            return original(loss)
+        if is_sum and any(r.kind != "sum" for r in recording.reductions):
+            recording.step.warn_of_added_sum()
+            return original(loss)
+        if is_sum:
+            recording.reductions.append(weights.Reduction("sum"))
+        return original(loss)
+    if is_sum:
         recording.reductions.append(weights.Reduction("sum"))
         recording.undivided.append(ops.sum(loss))
     elif kind == "mean":

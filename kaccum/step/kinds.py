@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 MEAN, SUM, NEITHER = "mean", "sum", "neither"
 
-#: A difference that rounding explains, and one that it does not, as parts of
-#: the largest number that is compared.
-ROUNDING, CERTAIN = 1e-5, 5e-5
+#: A difference that rounding explains in float32, and one that it does not, as
+#: parts of the largest number that is compared. The second one is larger where
+#: the model ran on each part: terms that cancel have larger errors.
+ROUNDING, CERTAIN, CERTAIN_OF_MODEL = 1e-5, 5e-5, 1e-2
+#: How much nearer one kind must be to be taken for it all the same.
+NEARER = 20.0
 #: The most examples that losses are tried on: of fewer, parts differ more.
 MOST = 8
 
@@ -44,11 +47,15 @@ class Numbers(NamedTuple):
             where it hides them, and `None`s where it is a sum.
         twice: Of a batch that has all examples twice; `None` for a loss that
             has no terms without data.
+        unit: How precise the values are: that of the dtype.
+        certain: As of `CERTAIN`.
     """
 
     values: list[Any]
     weights: list[Any]
     twice: Any = None
+    unit: float = 2.0**-23
+    certain: float = CERTAIN
 
     @property
     def constant(self) -> float:
@@ -85,6 +92,8 @@ class Kinds:
         self.share = 1.0
         #: Of the terms that layers add, in order; `None` if that is not known.
         self.added: list[str | None] = []
+        #: Whether they were tried, and whether their number was told.
+        self.are_tried = self.is_told_of_terms = False
         #: Whether they were measured, or need not be.
         self.are_known = False
         #: What kept them from being measured, an error's name and message.
@@ -93,12 +102,25 @@ class Kinds:
         # Losses that are neither, before a step uses them, and their numbers.
         self._warnings: dict[int, str] = {}
         self._used: set[int] = set()
+        self._told: set[int] = set()
 
     def of(self, loss: Any) -> str | None:
         """That of a loss of `compile`, which a step uses."""
         self._used.add(id(loss))
         self._warn(id(loss))
         return self._of.get(id(loss))
+
+    def warn_of_sum(self, loss: Any) -> None:
+        """Says of a sum in a `train_step` of the user's own what it counts."""
+        if id(loss) not in self._told:
+            self._told.add(id(loss))
+            _warn(
+                "What a `train_step` of the model's own makes of a loss that "
+                "is a sum is not heard: it is taken for a mean over examples. "
+                f"Received: {loss.name!r}. If the step takes the gradient of "
+                'the sum pass `weight="sum"`, else a function that computes '
+                "what it divides by."
+            )
 
     def warn_of_hidden(self, loss: Any) -> None:
         """Says of a loss that returns one number if it was not measured."""
@@ -143,21 +165,23 @@ class Kinds:
                 self._warnings[id(loss)] = _message(f"{loss.name!r}", numbers)
                 if id(loss) in self._used:
                     self._warn(id(loss))
-        self._learn_added(measured.added, warns)
+        known += self._learn_added(measured.added, warns)
+        self.are_tried = measured.total is None
         total = measured.total
         if total is not None:
             kind = kind_of(total)
             known.append(kind is not None)
-            if self.total is None:
-                self.total = _taken_for(kind, total)
+            if self.total is None and kind in (MEAN, SUM):
+                self.total = kind
                 self.share = _share(total, float(measured.terms))
             if warns and kind not in (None, self.total):
+                self.total = self.total or NEITHER
                 _warn(_message("`compute_loss`", total))
         return all(known)
 
     def _learn_added(
         self, terms: Sequence[Numbers | None], warns: bool
-    ) -> None:
+    ) -> list[bool]:
         # One number an example is summed by Keras.
         kinds = [SUM if term is None else kind_of(term) for term in terms]
         if not self.added:
@@ -168,6 +192,7 @@ class Kinds:
         for kind, term, taken in zip(kinds, terms, self.added):
             if warns and term is not None and kind not in (None, taken):
                 _warn(_message("a term of `add_loss`", term))
+        return [kind is not None for kind in kinds]
 
     def _warn(self, key: int) -> None:
         message = self._warnings.pop(key, None)
@@ -295,6 +320,7 @@ def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
                 _weight(trial.reductions[i], size)
                 for trial, size in zip(trials, sizes)
             ],
+            unit=_unit(trials[0].values[i][1]),
         )
         for i in range(len(losses))
     ]
@@ -307,6 +333,8 @@ def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
             for trial, size in zip(trials[:-1], sizes)
         ],
         trials[-1].total,
+        _unit(trials[0].total, model),
+        CERTAIN_OF_MODEL,
     )
     return Measured([], [], total, terms)
 
@@ -327,7 +355,17 @@ def _tried_terms(
     sizes = [weights.examples_in(piece) for piece in pieces]
     rows = zip(*(terms_of(piece) for piece in pieces))
     return [
-        Numbers(list(row), sizes) if len(row[0].shape) == 0 else None
+        (
+            Numbers(
+                list(row),
+                sizes,
+                None,
+                _unit(row[0], step.model),
+                CERTAIN_OF_MODEL,
+            )
+            if len(row[0].shape) == 0
+            else None
+        )
         for row in rows
     ]
 
@@ -359,6 +397,19 @@ def _copied(tensors: Any) -> Any:
     return keras.tree.map_structure(
         lambda tensor: None if tensor is None else ops.copy(tensor), tensors
     )
+
+
+def _unit(value: Any, model: keras.Model | None = None) -> float:
+    """How precise a value is, that a model may have computed."""
+    dtypes = {keras.backend.standardize_dtype(value.dtype)}
+    if model is not None:
+        dtypes |= {
+            str(getattr(layer, "compute_dtype", None))
+            for layer in model._flatten_layers()
+        }
+    if "bfloat16" in dtypes:
+        return 2.0**-7
+    return 2.0**-10 if "float16" in dtypes else 2.0**-23
 
 
 def _joined(batches: list[Any]) -> Any:
@@ -401,12 +452,29 @@ def kind_of(numbers: Numbers) -> str | None:
     Returns:
         `None` where its values do not tell: it is random, or zero.
     """
-    whole, again, *parts = (float(value) for value in numbers.values)
-    largest = max(map(abs, (whole, *parts)))
-    rounding, certain = ROUNDING * largest, CERTAIN * largest
-    is_random = abs(whole - again) > rounding
+    values = [float(value) for value in numbers.values]
+    largest = max(map(abs, values))
+    coarse = max(1.0, float(numbers.unit) / 2.0**-23 / 10.0)
+    rounding, certain = ROUNDING * largest * coarse, numbers.certain * largest
+    is_random = abs(values[0] - values[1]) > rounding
     if not np.isfinite(largest) or largest == 0.0 or is_random:
         return None
+    from_mean, from_sum = _distances(numbers)
+    if from_mean <= rounding:
+        return None if from_sum <= rounding else MEAN
+    if from_sum <= rounding:
+        return SUM
+    near, far = sorted((from_mean, from_sum))
+    if near > max(certain, 5.0 * rounding):
+        return NEITHER
+    if near * NEARER < far:
+        return MEAN if near == from_mean else SUM
+    return None
+
+
+def _distances(numbers: Numbers) -> tuple[float, float]:
+    """How far it is from a mean, and from a sum, of its parts."""
+    whole, _, *parts = (float(value) for value in numbers.values)
     from_mean = from_sum = 0.0
     for i in range(0, len(parts), 2):
         pair, of_pair = parts[i : i + 2], numbers.weights[i + 2 : i + 4]
@@ -415,17 +483,17 @@ def kind_of(numbers: Numbers) -> str | None:
         if None not in of_pair:
             mean = np.average(pair, weights=[float(w) for w in of_pair])
         from_mean = max(from_mean, abs(mean - whole))
-    if from_mean <= rounding:
-        return None if from_sum <= rounding else MEAN
-    if from_sum <= rounding:
-        return SUM
-    return NEITHER if min(from_mean, from_sum) > certain else None
+    return from_mean, from_sum
 
 
 def _taken_for(kind: str | None, numbers: Numbers) -> str:
     """What a loss is added up as."""
     if kind in (MEAN, SUM):
         return kind
+    if kind is NEITHER:
+        from_mean, from_sum = _distances(numbers)
+        if from_sum * NEARER < from_mean < np.inf:
+            return SUM
     return SUM if None in numbers.weights else MEAN
 
 

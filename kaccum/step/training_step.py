@@ -37,6 +37,13 @@ class Options(NamedTuple):
     skip_nonfinite: bool = False
     weight: Any = None
 
+    @property
+    def key(self) -> tuple[bool, Any]:
+        """What tells apart two steps of a model."""
+        is_function = callable(self.weight)
+        weight = id(self.weight) if is_function else self.weight
+        return self.skip_nonfinite, weight
+
 
 class TrainingStep:
     """A model's training step whose optimizer adds to sums.
@@ -316,6 +323,18 @@ class TrainingStep:
         ]
         self.moved = [*dict.fromkeys([*self.moved, *paths])]
 
+    def warn_of_added_sum(self) -> None:
+        """Warns, once, of a sum beside a mean in a step of the user's own."""
+        if self.options.weight is None and not self._is_told_of_unheard:
+            self._is_told_of_unheard = True
+            _warn(
+                "A term of `add_loss` that is a sum must not be beside a mean "
+                "in a `train_step` of the model's own, where it gets the "
+                "weight of the mean, for a window to be its large batch. "
+                f"Received: such a {type(self.model).__name__}. Divide the "
+                "term by the number of examples, or use Keras's `train_step`."
+            )
+
     def warn_of_unheard(self) -> None:
         """Warns, once, of a denominator where it cannot be kept."""
         if self.options.weight is None and not self._is_told_of_unheard:
@@ -368,6 +387,18 @@ class TrainingStep:
                 f"{type(self.model).__name__} that called neither (inside a "
                 "`tf.function` of its own they are not seen)."
             )
+        kinds = self.kinds
+        if self.adds_losses_up and kinds.added is not None and kinds.are_tried:
+            added = len(kinds.added) + len(self.regularized)
+            if recording.calls["added"] != added and not kinds.is_told_of_terms:
+                kinds.is_told_of_terms = True
+                _warn(
+                    "Layers must add as many terms by `add_loss` in training "
+                    "as in evaluation for kaccum to know which are means and "
+                    "which are sums. Received: "
+                    f"{recording.calls['added'] - len(self.regularized)} and "
+                    f"{len(kinds.added)}. Pass `weight` if they are sums."
+                )
         if len(recording.applied) > 1:
             self._check_applied_once(recording)
 

@@ -53,10 +53,12 @@ def reduction_of(
         sample_weight: Their weights, or `None`.
         mask: Which of them count, or `None`.
         reduction: That of the loss.
-        is_sum: Whether a loss that returns one number is known to be a sum.
+        is_sum: Whether the loss is known to be a sum.
     """
+    if is_sum:
+        return Reduction("sum")
     if tuple(values.shape) == ():
-        return Reduction("sum" if is_sum else "hidden")
+        return Reduction("hidden")
     if reduction not in MEANS:
         return Reduction("sum" if reduction == "sum" else "none")
     denominator = _denominator(values, sample_weight, mask, reduction)
