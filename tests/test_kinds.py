@@ -430,7 +430,7 @@ def kinds_of(model, batch):
     step = TrainingStep(model, Options())
     runner = step.backend.runner(model, step)
     x, y, *weights = keras.tree.map_structure(ops.convert_to_tensor, batch)
-    model._compile_loss.build(y, model.output)
+    model._compile_loss.build(y, model.outputs[0])
     step.measure([(x, y, *weights)], runner.look)
     return step.kinds
 
@@ -631,6 +631,7 @@ def weights_and_own(case, batch_size, **arguments):
     return np.concatenate([np.ravel(m) for m in moves]), None
 
 
+@only_on("jax", "torch", reason="Keras adds up no losses of two dtypes (3.15)")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision_raises_no_false_alarm(policy, recwarn):
     """Its rounding is coarser."""
@@ -663,9 +664,10 @@ def test_terms_that_cancel_raise_no_false_alarm(loss, recwarn):
     """The divergence of a variational encoder near its start."""
 
     def divergence(squares):
-        small = 5e-4 * squares
+        small = 5e-3 * squares
         return loss(-0.5 * (1 + small - small**2 - ops.exp(small)))
 
+    keras.utils.set_random_seed(0)
     model = adding(divergence)()
     model.compile("sgd", "mse", **compile_options(QUICK))
     assert kinds_of(model, (X[:8], Y[:8])).added == [loss.__name__]
