@@ -49,6 +49,12 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     it is the large batch of a single device, too. Replicas of a strategy keep
     sums of their own, which are added up once an update.
 
+    Unless `verbose=0`, a fit says in one line how examples are cut. It warns,
+    once, of what it does else than the large batch: losses that are neither a
+    mean nor a sum over examples (they are measured in the first fit of a
+    model), outputs whose denominators are not in proportion, state that moves
+    once a micro-batch; and of arguments that are seldom meant.
+
     Args:
         steps: How many batches make one update: int >= 1; a dict of them by
             first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
@@ -77,24 +83,27 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             called after each execution, once for each update in it.
 
     Raises:
-        TypeError: If an argument is of another type; at the start of an epoch,
-            if the function `steps` returns something else than an integer.
+        TypeError: If an argument is of another type, or a function that takes
+            other arguments; at the start of an epoch, if the function `steps`
+            returns something else than an integer.
         ValueError: If not exactly one of `steps` and `micro_batch_size` is
             given, either is below 1, `steps` is a dict without epoch 0, or
             `micro_batch_size` another string than "auto". When
             `fit` starts: if the model has no optimizer, or one with
             `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
             `LossScaleOptimizer`. At the start of an epoch: if the function
-            `steps` returns less than 1. In the first step: if some losses are
-            means and others sums.
+            `steps` returns less than 1. In the first step: if `weight` returns
+            no scalar, or some losses are means and others sums in a
+            `train_step` or `compute_loss` of the model's own.
         RuntimeError: When `fit` starts: if another callback accumulates
-            already, the model's `tf.distribute` strategy is neither a
-            `MirroredStrategy` nor a `OneDeviceStrategy`, or XLA would compile
-            several replicas. In the first step: if the model's `train_step`
-            never applies gradients, does so inside of a `tf.function` or
-            `jax.jit` of its own, or applies some by another optimizer. In a
-            callback that calls `fit` on the same model. At once: if Keras runs
-            on another backend than TensorFlow, JAX or PyTorch.
+            already, the hook is called outside of the `fit` of its model, the
+            model's `tf.distribute` strategy is neither a `MirroredStrategy` nor
+            a `OneDeviceStrategy`, or XLA would compile several replicas. In the
+            first step: if the model's `train_step` never applies gradients,
+            does so inside of a `tf.function` or `jax.jit` of its own, or
+            applies some by another optimizer. In a callback that calls `fit` on
+            the same model. At once: if Keras runs on another backend than
+            TensorFlow, JAX or PyTorch.
 
     Example:
 
