@@ -26,6 +26,7 @@ from kaccum.fit.plan import (
     line_of_size,
     line_of_steps,
     say,
+    updates_of,
     warn_of_mistakes,
 )
 from kaccum.fit.session import Session, is_plain_fit
@@ -232,7 +233,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         is_plain = not self.skip_nonfinite and self.on_update is None
         if is_plain and self._schedule and self._schedule.is_always_one:
             if is_plain_fit(self.model, 1):
-                self._updates = -int(self.model.optimizer.iterations)
+                self._updates = -updates_of(self.model.optimizer)
                 return
         if self._size is not None:
             known = self._model_of_size
@@ -272,7 +273,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             self._session.give_back()
             self._session = None
         else:
-            self._updates += int(self.model.optimizer.iterations)
+            self._updates += updates_of(self.model.optimizer)
 
     def _say(self, steps: int) -> None:
         """Tells the user what is going to be, where that changes."""

@@ -1,5 +1,7 @@
 """What only JAX can do to a training step."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -154,3 +156,28 @@ def test_memory_that_really_runs_out(skips):
     assert size == 4
     for mine, other in zip(weights, trained(4)[1], strict=True):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_a_model_that_is_let_go_of_is_freed():
+    """JAX keeps for good what a trace that raises has seen (0.10)."""
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+
+    def train():
+        stack = [keras.Input((4,)), keras.layers.Dense(1)]
+        model = keras.Sequential(stack)
+        model.compile("sgd", "mse")
+        callbacks = [GradientAccumulationCallback(2)]
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+
+    def objects():
+        keras.utils.clear_session()
+        for _ in range(3):
+            gc.collect()
+        return len(gc.get_objects())
+
+    train()
+    train()
+    before = objects()
+    for _ in range(3):
+        train()
+    assert objects() - before < 3 * 50

@@ -195,6 +195,7 @@ class Runner(abc.ABC):
     def restore(self) -> None:
         """Takes a failed attempt back."""
         self._step.empty()
+        self._step.sums.renew()
         self._step.count_skipped_from(self._skipped_before)
 
     @abc.abstractmethod

@@ -134,6 +134,11 @@ def say(message: str, verbose: Any) -> None:
         io_utils.print_msg(message)
 
 
+def updates_of(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many updates an optimizer has made."""
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+
 def warn_of_mistakes(
     steps: int, data: Data, optimizer: keras.optimizers.Optimizer
 ) -> None:
@@ -158,7 +163,7 @@ def warn_of_mistakes(
             "`micro_batch_size` instead of `steps`."
         )
     name, end = _end_of_schedule(optimizer)
-    if int(optimizer.iterations) > 0:
+    if updates_of(optimizer) > 0:
         # It is another fit that the schedule is of, too.
         return
     total, batches = updates * data.epochs, data.batches * data.epochs

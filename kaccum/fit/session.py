@@ -290,6 +290,8 @@ class Session:
             else:
                 self._window.reset()
                 self._step.empty()
+                self._step.sums.renew()
+                self._step.expect(self._window.steps)
             origin = out_of_memory(error, already)
             if origin is None or not self.advice:
                 raise

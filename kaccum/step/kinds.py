@@ -270,8 +270,8 @@ def measure(
     batches = [_few_of(step, batch) for batch in batches]
     try:
         with step.overheard():
-            numbers = look(
-                lambda parts: _tried(step, joined(parts), losses), batches
+            numbers = _floats(
+                look(lambda parts: _tried(step, joined(parts), losses), batches)
             )
     except Exception as error:
         # What cannot be tried can still be trained: a `train_step` of the
@@ -281,6 +281,24 @@ def measure(
     # A single example beside itself shows what it is, if it is either.
     warns = not is_single
     return step.kinds.learn(losses, numbers, warns=warns)
+
+
+def _floats(measured: Measured) -> Measured:
+    """The same numbers on the host. An error of the device shows here."""
+
+    def of(numbers: Numbers | None) -> Numbers | None:
+        if numbers is None:
+            return None
+        values = [float(value) for value in numbers.values]
+        weights = [None if w is None else float(w) for w in numbers.weights]
+        twice = None if numbers.twice is None else float(numbers.twice)
+        return Numbers(
+            values, weights, twice, float(numbers.unit), float(numbers.certain)
+        )
+
+    losses = [each for each in map(of, measured.losses) if each is not None]
+    added, total = [of(term) for term in measured.added], of(measured.total)
+    return Measured(losses, added, total, float(measured.terms))
 
 
 def _few_of(step: TrainingStep, batch: Any) -> Any:

@@ -176,6 +176,13 @@ class Sums:
         for other in [*self._others, *filter(None, [self._proportions])]:
             other.empty()
 
+    def renew(self) -> None:
+        """Makes zero what `empty` leaves, after an error: on JAX it is lost."""
+        self._known_parts = 0.0
+        self._backend.empty(self._parts)
+        if self._proportions is not None:
+            self._backend.empty(self._proportions.kept)
+
     def release(self) -> None:
         """Frees the memory of the gradients. `empty` takes it again."""
         for each in self.gradients:

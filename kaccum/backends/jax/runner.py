@@ -45,6 +45,7 @@ class JaxRunner(Runner):
         self._optimizer = model.optimizer
         # What the compiled functions get and return, in this order.
         self._sums: list[Sum] = list(step.sums.all)
+        self._is_finding = self._has_found = False
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
@@ -120,6 +121,9 @@ class JaxRunner(Runner):
         return Ran(logs, ran, updates)
 
     def _run_add(self, data: Any) -> Any:
+        if self._is_compiled and not self._has_found:
+            self._has_found = True
+            self._find_sums(data)
         logs, non_trainable, metrics = self._call(self._add, self._state, data)
         self._state = self._state._replace(
             non_trainable=non_trainable, metrics=metrics
@@ -190,6 +194,23 @@ class JaxRunner(Runner):
             self._step.empty()
             return self._placed(_state_in(scope, variables)), self._held()
 
+    def _find_sums(self, data: Any) -> None:
+        """Finds the sums that a step on such data has, before it is compiled.
+
+        JAX would keep a trace that raises for good (0.10).
+        """
+        self._is_finding = True
+        held = [total.value for total in self._sums]
+        try:
+            jax.eval_shape(
+                lambda *arguments: self._traced_add(*arguments),
+                self._state,
+                held,
+                data,
+            )
+        finally:
+            self._is_finding = False
+
     def _call(self, function: Any, first: Any, last: Any) -> Any:
         while True:
             held = [total.value for total in self._sums]
@@ -231,7 +252,8 @@ class JaxRunner(Runner):
         if new and self._is_compiled:
             for total in new:
                 total.fill()
-            raise _NewSums(new)
+            if not self._is_finding:
+                raise _NewSums(new)
         self._sums += new
         return [
             _constrained(total.value, total.sharding) for total in self._sums
