@@ -75,7 +75,16 @@ def test_every_example_of_a_page_runs(page, tmp_path):
         elif mark == "other library":
             compile(textwrap.dedent(example), page, "exec")
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            # On so few examples.
+            "-W",
+            "ignore:`steps` must not be more than the batches:UserWarning",
+            "-c",
+            program,
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
