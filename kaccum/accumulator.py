@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from kaccum.backends import backend
-from kaccum.checks import check_optimizer
+from kaccum.checks import check_gradient, check_optimizer
 from kaccum.patches import patched
 from kaccum.step.hooks import whole_gradients
 from kaccum.sums.gradients import GradientSums
@@ -114,7 +114,10 @@ class GradientAccumulator:
         """
         backend().check_add()
         kept = True if where is None else where
-        self._sums.add(list(gradients), list(variables), weight, kept=kept)
+        gradients, variables = list(gradients), list(variables)
+        for pair in zip(gradients, variables):
+            check_gradient(*pair)
+        self._sums.add(gradients, variables, weight, kept=kept)
 
     def apply(self) -> None:
         """Makes one update of the window's gradient and empties the sums.

@@ -139,6 +139,32 @@ def check_calls(name: str, function: Any, *arguments: Any) -> None:
         ) from error
 
 
+def check_gradient(gradient: Any, variable: Any) -> None:
+    """Checks that a gradient can be that of a variable.
+
+    Raises:
+        TypeError: If they are swapped.
+        ValueError: If it has another shape.
+    """
+    is_swapped = isinstance(gradient, keras.Variable)
+    if is_swapped and not isinstance(variable, keras.Variable):
+        raise TypeError(
+            "`add` must be called with gradients and then variables. Received: "
+            "them the other way round. Write `add(gradients, variables, "
+            "weight=...)`."
+        )
+    shape = getattr(gradient, "shape", None)
+    if shape is None or None in tuple(shape):
+        return
+    if tuple(shape) != tuple(variable.shape):
+        path = getattr(variable, "path", variable.name)
+        raise ValueError(
+            "A gradient must have the shape of its variable. Received: one of "
+            f"shape {tuple(shape)} for {path!r}, of shape "
+            f"{tuple(variable.shape)}."
+        )
+
+
 def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether a `LossScaleOptimizer` is at work."""
     kind = keras.optimizers.LossScaleOptimizer

@@ -10,7 +10,7 @@ import pytest
 from keras import layers, ops
 
 from kaccum import GradientAccumulationCallback, accumulate
-from kaccum.step import kinds
+from kaccum.step import trial
 from kaccum.step.kinds import MEAN, SUM, Numbers, kind_of
 from kaccum.step.training_step import Options, TrainingStep
 from tests.backends import (
@@ -318,9 +318,9 @@ def test_the_warning_names_the_loss_and_the_numbers():
 def test_losses_are_measured_once(name, monkeypatch):
     """In the first fit of a model; a second one knows."""
     measured = []
-    measure = kinds.measure
+    measure = trial.measure
     monkeypatch.setattr(
-        "kaccum.step.training_step.measure",
+        "kaccum.step.trial.measure",
         lambda *args: measured.append(1) or measure(*args),
     )
     case = EXACT[name]
@@ -431,7 +431,7 @@ def kinds_of(model, batch):
     runner = step.backend.runner(model, step)
     x, y, *weights = keras.tree.map_structure(ops.convert_to_tensor, batch)
     model._compile_loss.build(y, model.outputs[0])
-    step.measure([(x, y, *weights)], runner.look)
+    trial.measure(step, [(x, y, *weights)], runner.look)
     return step.kinds
 
 

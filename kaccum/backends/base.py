@@ -136,7 +136,9 @@ class Backend(abc.ABC):
 
     def difference(self, gradient: Any, other: Any) -> Any:
         """A gradient without another one, which may be `None`."""
-        return gradient if other is None else gradient - other
+        if other is None:
+            return gradient
+        return self.dense(gradient) - self.dense(other)
 
     def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         """The gradients as they are now, whatever a step makes of them next."""

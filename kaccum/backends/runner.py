@@ -37,14 +37,14 @@ class Step(Protocol):
         skipped: How many it did.
         sums: What the open window holds.
         assigned: The variables that it was heard to assign, by their `id`.
-        moved: The names of state that it moved, and was not to.
+        differences: What it does else than the large batch.
         version: What `update` depends on, if it is compiled.
     """
 
     skips: bool
     sums: Any
     assigned: dict[int, Any]
-    moved: list[str]
+    differences: Any
 
     @property
     def skipped(self) -> int: ...

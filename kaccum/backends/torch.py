@@ -166,19 +166,21 @@ class TorchRunner(AssigningRunner):
         buffers = self._buffers()
         values = {name: each.clone() for name, each in buffers.items()}
         logs = super()._add(data)
-        self._step.moved += [
+        self._step.differences.note_moved(
             name
             for name, before in values.items()
             if not torch.equal(buffers[name], before)
-        ]
+        )
         return logs
 
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         buffers = self._buffers()
         before = {name: each.clone() for name, each in buffers.items()}
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        devices = [torch.cuda.current_device()] if on_gpu else []
         # Neither what modules of PyTorch keep nor its random numbers move.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             try:
                 return super().look(function, data)
             finally:

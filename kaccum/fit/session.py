@@ -25,11 +25,6 @@ from kaccum.step.hearing import on_metrics
 from kaccum.step.hooks import replacing
 from kaccum.step.recording import SKIPPED, thread
 from kaccum.step.training_step import Options, TrainingStep
-from kaccum.step.weights import examples_in
-
-#: How often losses that do not tell what they are are tried after the first
-#: window, to warn.
-MOST_TRIES = 8
 
 
 class Session:
@@ -151,7 +146,8 @@ class Session:
 
     def warn_of_proportions(self) -> None:
         """Warns of losses that one weight was not right for."""
-        self._step.warn_of_proportions()
+        sums = self._step.sums
+        self._step.differences.tell_of_proportions(sums.disproportion)
 
     def _begin(
         self,
@@ -170,9 +166,8 @@ class Session:
         self.advice = ""
         #: How many examples a batch of `fit` was asked to have, if known.
         self.batch_size: int | None = None
-        # A micro-batch of one example that losses were tried on.
-        self._single: list[Any] = []
-        self._tries = 0
+        # Whether the first batch was looked at.
+        self._is_seen = False
 
     def _use_runner(self, options: Options) -> None:
         if options.key not in self._runners:
@@ -204,13 +199,13 @@ class Session:
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         is_plain = is_plain_fit(self._model, self._window.steps)
         is_plain = is_plain and not self._step.skips
-        if not is_plain and not self._step.kinds.are_known:
+        if not is_plain and not self._step.trials.are_over:
             pulled, iterator = self._runner.pulled(iterator, len(closes))
             self._measure(pulled)
         ran = self._runner.run(iterator, closes, is_plain=is_plain)
         self._window.advance(ran.micro_batches)
         if self._window.steps > 1:
-            self._step.warn_of_moved()
+            self._step.differences.tell_of_moved()
         self._report(ran.updates)
         return ran.logs
 
@@ -220,9 +215,9 @@ class Session:
         """Makes each of the next `count` batches a window."""
         logs = None
         for batch in itertools.islice(iterator, count):
-            if not self._step.kinds.are_known:
+            if not self._step.trials.are_over:
                 self._measure([batch])
-                self._warn_of_uncut(batch, size)
+            self._warn_of_uncut(batch, size)
             logs = train_in_parts(batch, size, self._runner, self._add_parts)
             self._update()
         if logs is None:
@@ -230,8 +225,9 @@ class Session:
         return logs
 
     def _warn_of_uncut(self, batch: Any, size: MicroBatchSize) -> None:
-        if size.is_auto or self._updates > 0:
+        if size.is_auto or self._is_seen:
             return
+        self._is_seen = True
         # There may be less data than the batch that was asked for.
         examples = backend().examples_in(batch)
         asked = self.batch_size or sum(examples)
@@ -239,21 +235,11 @@ class Session:
             warn_of_uncut(int(size.size), asked)
 
     def _measure(self, batches: list[Any]) -> None:
-        """Learns in the first window what kinds of losses there are."""
-        kinds = self._step.kinds
-        self._tries += 1
-        is_over = self._updates > 0 and self._tries > MOST_TRIES
-        if is_over or self._step.options.weight is not None:
-            kinds.are_known = True
-            return
-        of_one = backend().of_one_replica
-        tried = [*self._single, *(of_one(batch) for batch in batches)]
-        # A single example is tried beside itself, and then beside another.
-        is_single = examples_in(tried[0]) == 1
-        tried = (tried * 2)[:2] if is_single else tried[:1]
-        self._single = [] if not is_single or self._single else tried[:1]
-        kinds.are_known = (
-            self._step.measure(tried, self._runner.look) and not self._single
+        """Has the losses tried on micro-batches, or parts of a batch."""
+        self._step.trials.try_on(
+            [backend().of_one_replica(batch) for batch in batches],
+            self._runner.look,
+            is_late=self._updates > 0,
         )
 
     def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
@@ -262,7 +248,7 @@ class Session:
         closes = [False] * count
         ran = self._runner.run(micro_batches, closes, is_plain=False)
         if count > 1:
-            self._step.warn_of_moved()
+            self._step.differences.tell_of_moved()
         return ran.logs
 
     def _update(self) -> None:
@@ -306,7 +292,7 @@ class Session:
         if not callers.is_asked_by("fit", self._model):
             return self._get_plain_metrics()
         self.close_window()
-        self._step.warn_of_proportions()
+        self.warn_of_proportions()
         logs = self._get_plain_metrics()
         if self._step.skips:
             logs = {**logs, SKIPPED: self._step.skipped}

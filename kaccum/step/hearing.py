@@ -16,7 +16,6 @@ import keras
 from keras import ops
 
 from kaccum import callers
-from kaccum.checks import is_scaling_losses
 from kaccum.step import weights
 from kaccum.step.recording import Applied, Recording, thread
 from kaccum.sums.gradients import build_optimizer, variables_of
@@ -139,8 +138,8 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
     """The loss of a step."""
     step, optimizer = recording.step, recording.step.optimizer
     recording.scale = original
-    is_sum = recording.weight(slice(len(recording.reductions))) is None
-    if is_scaling_losses(optimizer) and not is_sum:
+    so_far = slice(len(recording.reductions))
+    if step.is_scaling and recording.weight(so_far) is not None:
         # A part of a batch that is scaled as the whole would overflow earlier.
         step.scales = True
 
@@ -207,14 +206,15 @@ def on_reduction(
     if not is_here(recording):
         of_weights = reduction == "mean_with_sample_weight"
         if mask is not None or (of_weights and sample_weight is not None):
-            recording.step.warn_of_unheard()
+            if recording.step.options.weight is None:
+                recording.step.differences.tell_of_unheard()
         return original(values, sample_weight, mask, reduction, dtype)
     if not recording.is_in_loss or recording.depth != 1:
         return original(values, sample_weight, mask, reduction, dtype)
     is_sum = recording.step.kinds.of(recording.loss) == "sum"
     if is_sum and not recording.step.is_keras_step:
         if tuple(values.shape) == () and recording.step.options.weight is None:
-            recording.step.kinds.warn_of_sum(recording.loss)
+            recording.step.kinds.tell_of_sum(recording.loss)
         is_sum = False
     # Before Keras changes weights and masks in place (PyTorch, 3.15).
     recording.reductions.append(
@@ -223,7 +223,7 @@ def on_reduction(
         )
     )
     if recording.reductions[-1].kind == "hidden":
-        recording.step.kinds.warn_of_hidden(recording.loss)
+        recording.step.kinds.tell_of_hidden(recording.loss)
     value = original(values, sample_weight, mask, reduction, dtype)
     recording.reduced(value)
     return value
@@ -233,23 +233,22 @@ def on_added_loss(recording: Recording, original: Call, loss: Any) -> Any:
     """What a layer added, or a regularizer: Keras sums its elements."""
     call = recording.calls["added"]
     recording.calls["added"] += 1
-    kind = recording.step.kinds.of_added(call)
+    step = recording.step
+    kind = step.kinds.of_added(call)
     is_sum = len(loss.shape) > 0 or kind == "sum"
-    if not recording.step.adds_losses_up:
-        # It cannot be kept apart from what else such a step makes of losses.
-        if is_sum and recording.step.is_keras_step:
-            return original(loss)
-        if is_sum and any(r.kind != "sum" for r in recording.reductions):
-            recording.step.warn_of_added_sum()
-            return original(loss)
+    if step.adds_losses_up:
         if is_sum:
             recording.reductions.append(weights.Reduction("sum"))
-        return original(loss)
-    if is_sum:
-        recording.reductions.append(weights.Reduction("sum"))
-        recording.undivided.append(ops.sum(loss))
-    elif kind == "mean":
-        recording.reductions.append(weights.Reduction("hidden"))
+            recording.undivided.append(ops.sum(loss))
+        elif kind == "mean":
+            recording.reductions.append(weights.Reduction("hidden"))
+    elif is_sum and not step.is_keras_step:
+        # (An own `compute_loss` is measured as a whole.)
+        if all(each.kind == "sum" for each in recording.reductions):
+            recording.reductions.append(weights.Reduction("sum"))
+        elif step.options.weight is None:
+            # It cannot be kept apart from what such a step makes of losses.
+            step.differences.tell_of_added_sum()
     return original(loss)
 
 

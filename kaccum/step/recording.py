@@ -103,6 +103,7 @@ class Recording:
         self.loss: Any = None
         self.calls: collections.Counter[Any] = collections.Counter()
         self.still: set[int] = set()
+        self._weight: Any = None
         # What sums held before their numbers were added.
         self._added: list[tuple[LogMean, list[Any]]] = []
 
@@ -211,13 +212,23 @@ class Recording:
         if self.step.is_sum:
             return None
         if callable(self.step.options.weight):
-            return weights.said(self.step.options.weight, self._data)
+            return self._said()
         return weights.weight_of(
             self.step.counted(self.reductions[of]),
             self._data,
             are_added_up=self.step.adds_losses_up,
             are_mixed=self.step.is_mixed,
         )
+
+    def _said(self) -> Any:
+        """What the user's function says: it is called once."""
+        if self._weight is not None:
+            return self._weight
+        weight = weights.said(self.step.options.weight, self._data)
+        if not self.is_in_gradient:
+            # Else it would not leave the gradient that JAX takes.
+            self._weight = weight
+        return weight
 
     def _decided(self) -> tuple[Any, Any]:
         """Whether the window keeps the micro-batch, and counts it as skipped.

@@ -6,7 +6,7 @@ Knows no framework, and not when a window closes.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ from kaccum.backends import backend
 from kaccum.checks import is_scaling_losses
 from kaccum.patches import patched
 from kaccum.step import hooks
-from kaccum.step.kinds import MEAN, SUM, Kinds, measure
+from kaccum.step.differences import Differences, normalizations_of
+from kaccum.step.kinds import MEAN, SUM, Kinds
 from kaccum.step.recording import Recording
+from kaccum.step.trial import Trials
 from kaccum.step.weights import SUMS, Reduction
 from kaccum.sums.moments import warn_about
 from kaccum.sums.open_window import Sums
@@ -67,8 +69,11 @@ class TrainingStep:
         self.adds_losses_up = self.is_keras_step and (
             type(model).compute_loss is keras.Model.compute_loss
         )
-        #: What kinds of numbers the losses are.
-        self.kinds = Kinds()
+        #: What it does else than the large batch.
+        self.differences = Differences(model)
+        #: What kinds of numbers the losses are, and what tries them.
+        self.kinds = Kinds(self.differences.tell)
+        self.trials = Trials(self)
         self.sums = Sums(self.optimizer)
         self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
@@ -76,19 +81,14 @@ class TrainingStep:
         self._skipped_earlier = 0
         #: Variables that steps assign, by their `id`.
         self.assigned: dict[int, Any] = {}
-        #: The names of those that were to wait for the update.
-        self.moved: list[str] = []
+        #: Whether the optimizer scales losses.
+        self.is_scaling = is_scaling_losses(self.optimizer)
         #: Whether it scales the loss of a micro-batch as a part of its window.
         self.scales = False
-        self._noted = 0
-        self._is_told_of_moved = False
-        self._is_told_of_proportions = False
-        self._is_told_of_applies = False
-        self._is_told_of_unheard = False
 
     def expect(self, micro_batches: int) -> None:
         """Says how many micro-batches a window is meant to have."""
-        if is_scaling_losses(self.optimizer):
+        if self.is_scaling:
             self.sums.set_parts_of_loss(micro_batches)
 
     @property
@@ -119,10 +119,6 @@ class TrainingStep:
             return reductions
         # An own `compute_loss` has made a mean of them.
         return [each for each in reductions if each.kind not in SUMS]
-
-    def measure(self, batches: list[Any], look: Callable[..., Any]) -> bool:
-        """Learns what kinds of numbers the losses are, as of `measure`."""
-        return measure(self, batches, look)
 
     # A micro-batch.
 
@@ -172,8 +168,7 @@ class TrainingStep:
                 logs, unheard = train_step(data)
             recording.before.update(unheard)
             self._check_applied(recording)
-            changed = [variable for variable, _ in unheard.values()]
-            self.note_moved([*self.assigned.values(), *changed])
+            self.differences.note_assigned(self.assigned, unheard)
             return recording.commit(logs)
 
     def instead_of(
@@ -195,18 +190,9 @@ class TrainingStep:
         """Says of an assigned variable if it was to wait for the update."""
         if variable.trainable:
             return
-        for layer in self._normalizations:
+        for layer in normalizations_of(self.model):
             if variable is layer.moving_mean:
                 warn_about(layer)
-
-    @property
-    def _normalizations(self) -> list[Any]:
-        # `model.layers` has the outermost only (Keras 3.5 to 3.15).
-        kind = keras.layers.BatchNormalization
-        layers = self.model._flatten_layers()
-        return [
-            each for each in layers if isinstance(each, kind) and each.built
-        ]
 
     def check_heard(self) -> None:
         """Checks that there was no reduction to hear of in the loss.
@@ -270,10 +256,10 @@ class TrainingStep:
         """Makes the sums of the window zero. XLA must not compile that."""
         self.sums.empty(releases=self._releases)
 
-    @property
+    @functools.cached_property
     def _halves(self) -> set[int]:
         """Of the weights that a `LossScaleOptimizer` is there for."""
-        if not is_scaling_losses(self.optimizer):
+        if not self.is_scaling:
             return set()
         return {
             id(variable)
@@ -305,79 +291,6 @@ class TrainingStep:
         self.sums.empty_skipped()
         self._skipped_earlier = number
 
-    # What is not the large batch's.
-
-    def note_moved(self, variables: Sequence[Any]) -> None:
-        """Notes state that a step assigned, but for what may move with it."""
-        if len(variables) == self._noted:
-            return
-        self._noted = len(variables)
-        still = {id(v) for v in self.model.metrics_variables}
-        for layer in self._normalizations:
-            still |= {id(layer.moving_mean), id(layer.moving_variance)}
-        paths = [
-            variable.path
-            for variable in variables
-            if id(variable) not in still
-            and variable.name != "seed_generator_state"
-        ]
-        self.moved = [*dict.fromkeys([*self.moved, *paths])]
-
-    def warn_of_added_sum(self) -> None:
-        """Warns, once, of a sum beside a mean in a step of the user's own."""
-        if self.options.weight is None and not self._is_told_of_unheard:
-            self._is_told_of_unheard = True
-            _warn(
-                "A term of `add_loss` that is a sum must not be beside a mean "
-                "in a `train_step` of the model's own, where it gets the "
-                "weight of the mean, for a window to be its large batch. "
-                f"Received: such a {type(self.model).__name__}. Divide the "
-                "term by the number of examples, or use Keras's `train_step`."
-            )
-
-    def warn_of_unheard(self) -> None:
-        """Warns, once, of a denominator where it cannot be kept."""
-        if self.options.weight is None and not self._is_told_of_unheard:
-            self._is_told_of_unheard = True
-            _warn(
-                "A loss with a mask, or with weights under "
-                "`mean_with_sample_weight`, must be computed where kaccum "
-                "hears what it divides by: not in a `tf.function`, `tf.cond` "
-                "or `jax.jit` of a step's own, and on JAX in `jax.grad` or "
-                "`jax.value_and_grad` by these names (not imported by `from "
-                f"jax import`). Received: a {type(self.model).__name__} that "
-                "computes one there, whose micro-batches are weighted by their "
-                "examples. Pass `weight`, a function that computes it."
-            )
-
-    def warn_of_moved(self) -> None:
-        """Warns, once, of state that moves with each micro-batch."""
-        if self.moved and not self._is_told_of_moved:
-            self._is_told_of_moved = True
-            _warn(
-                "A layer or `train_step` must leave it to the update to move "
-                "state, but for metrics, random numbers and the averages of "
-                "`BatchNormalization`, for a window to be its large batch. "
-                f"Received: {', '.join(map(repr, self.moved))}, assigned once "
-                "a micro-batch. Move them in `on_update`; averages of weights "
-                "are the optimizer's `use_ema`."
-            )
-
-    def warn_of_proportions(self) -> None:
-        """Warns, once, of losses that one weight was not right for."""
-        if self._is_told_of_proportions:
-            return
-        if self.sums.disproportion > 1e-3:
-            self._is_told_of_proportions = True
-            _warn(
-                "Losses that divide by numbers of their own (of masks, or of "
-                "weights under `mean_with_sample_weight`) must do so in the "
-                "same proportion in all micro-batches of a window to be "
-                "exactly their large batch. Received: proportions that differ "
-                f"by up to {self.sums.disproportion:.1%}. With "
-                '`reduction="sum"` and `loss_weights` the run is exact.'
-            )
-
     def _check_applied(self, recording: Recording) -> None:
         if not recording.applied and self.model.trainable_variables:
             raise RuntimeError(
@@ -387,33 +300,11 @@ class TrainingStep:
                 f"{type(self.model).__name__} that called neither (inside a "
                 "`tf.function` of its own they are not seen)."
             )
-        kinds = self.kinds
-        if self.adds_losses_up and kinds.added is not None and kinds.are_tried:
-            added = len(kinds.added) + len(self.regularized)
-            if recording.calls["added"] != added and not kinds.is_told_of_terms:
-                kinds.is_told_of_terms = True
-                _warn(
-                    "Layers must add as many terms by `add_loss` in training "
-                    "as in evaluation for kaccum to know which are means and "
-                    "which are sums. Received: "
-                    f"{recording.calls['added'] - len(self.regularized)} and "
-                    f"{len(kinds.added)}. Pass `weight` if they are sums."
-                )
+        if self.kinds.awaits_terms and self.adds_losses_up:
+            self.kinds.awaits_terms = False
+            added = recording.calls["added"] - len(self.regularized)
+            self.differences.tell_of_terms(added, len(self.kinds.added))
         if len(recording.applied) > 1:
-            self._check_applied_once(recording)
-
-    def _check_applied_once(self, recording: Recording) -> None:
-        applied = [id(v) for each in recording.applied for v in each.variables]
-        if len(set(applied)) < len(applied) and not self._is_told_of_applies:
-            self._is_told_of_applies = True
-            _warn(
-                "A `train_step` must apply gradients to each weight once for "
-                "a window to be its large batch. Received: a `train_step` of "
-                f"{type(self.model).__name__} that does so "
-                f"{len(recording.applied)} times, all of which see the same "
-                "weights here. Add the gradients up, and apply their sum."
+            self.differences.tell_of_applies(
+                [each.variables for each in recording.applied]
             )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)

@@ -225,20 +225,11 @@ class GradientSums:
     def _check(
         self, gradients: Sequence[Any], variables: Sequence[Any], weight: Any
     ) -> None:
-        if any(isinstance(g, keras.Variable) for g in gradients):
-            if not any(isinstance(v, keras.Variable) for v in variables):
-                raise TypeError(
-                    "`add` must be called with gradients and then variables. "
-                    "Received: them the other way round. Write "
-                    "`add(gradients, variables, weight=...)`."
-                )
         if len(gradients) != len(variables):
             raise ValueError(
                 "`gradients` must be as many as `variables`. Received: "
                 f"{len(gradients)} gradients and {len(variables)} variables."
             )
-        for gradient, variable in zip(gradients, variables):
-            _check_shape(gradient, variable)
         build_optimizer(self._optimizer, variables)
         known = {id(v) for v in variables_of(self._optimizer)}
         for variable in variables:
@@ -392,19 +383,6 @@ def _build(optimizer: keras.optimizers.Optimizer, variables: list[Any]) -> None:
     with keras.name_scope(optimizer.name):
         optimizer.build(variables)
     optimizer.built = True
-
-
-def _check_shape(gradient: Any, variable: Any) -> None:
-    shape = getattr(gradient, "shape", None)
-    if shape is None or None in tuple(shape):
-        return
-    if tuple(shape) != tuple(variable.shape):
-        path = getattr(variable, "path", variable.name)
-        raise ValueError(
-            "A gradient must have the shape of its variable. Received: one of "
-            f"shape {tuple(shape)} for {path!r}, of shape "
-            f"{tuple(variable.shape)}."
-        )
 
 
 def _check_replicas(variable: Any, replicas: int) -> None:

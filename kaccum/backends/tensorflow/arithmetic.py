@@ -97,11 +97,6 @@ class Arithmetic(Replicas):
 
             yield gradients_of
 
-    def difference(self, gradient: Any, other: Any) -> Any:
-        if other is None:
-            return gradient
-        return tf.convert_to_tensor(gradient) - tf.convert_to_tensor(other)
-
     def dense(self, gradient: Any) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
 
