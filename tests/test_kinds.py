@@ -17,10 +17,12 @@ from tests.backends import (
     BACKEND,
     EXECUTIONS,
     compile_options,
+    needs_strategies,
     only_on,
     own_step,
 )
 from tests.profiles import at_night
+from tests.reference import strategy_of
 
 RNG = np.random.default_rng(0)
 # Two windows, and a short one.
@@ -133,6 +135,12 @@ class MeanOfItsOwn(keras.Model):
         return super().compute_loss(x, y, y_pred, sample_weight) / 3.0
 
 
+class MeanOfASum(keras.Model):
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        total = super().compute_loss(x, y, y_pred, sample_weight)
+        return total / ops.cast(ops.shape(y)[0], total.dtype)
+
+
 def of_words_that_count(y, y_pred):
     """As tutorials of translation have it."""
     each = keras.losses.sparse_categorical_crossentropy(
@@ -172,6 +180,9 @@ EXACT = {
     ),
     "sum over 3, compute_loss": Case(
         lambda: dense("l2", MeanOfItsOwn), {"loss": mse("sum")}
+    ),
+    "mean of a sum, compute_loss": Case(
+        lambda: dense(kind=MeanOfASum), {"loss": mse("sum")}
     ),
     "added, each": Case(adding(of_each), {}, y=None),
     "added, sum": Case(adding(ops.sum), {}, y=None),
@@ -487,13 +498,18 @@ def test_weight_says_that_a_step_of_ones_own_takes_a_sum():
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def test_an_empty_weight_counts_as_nothing():
-    """Of a window whose micro-batches all weigh nothing there is no NaN."""
-    case = Case(dense, {"loss": "mse"})
-    weights, _ = weights_and_loss(
-        case, 4, steps=4, weight=lambda x, y, w: ops.sum(y) * 0.0
+def test_terms_without_data_count_where_no_example_does():
+    """As in the large batch: a window of empty weights has its regularizer."""
+
+    def of_none(y, y_pred):
+        return ops.sum(0.0 * y_pred) + 0.0 * ops.sum(y)
+
+    case = Case(lambda: dense("l2"), {"loss": of_none})
+    weights, _ = weights_and_loss(case, 16)
+    ours, _ = weights_and_loss(
+        case, 4, steps=4, weight=lambda x, y, w: 0.0 * ops.sum(y)
     )
-    assert np.isfinite(weights).all()
+    assert_close(ours, weights)
 
 
 def test_a_weight_that_is_no_number_is_refused():
@@ -585,11 +601,12 @@ class Computing(keras.Model):
 
 
 class ComputingMean(keras.Model):
-    """A step that divides them."""
+    """A step that makes a mean of their sum."""
 
     def train_step(self, *arguments):
         def loss(y, y_pred):
-            return self.compute_loss(None, y, y_pred) / 4.0
+            total = self.compute_loss(None, y, y_pred)
+            return total / ops.cast(ops.shape(y_pred)[0], total.dtype)
 
         return own_step(loss)(self, *arguments)
 
@@ -600,12 +617,8 @@ def test_a_sum_in_a_step_of_ones_own_is_told():
     with pytest.warns(UserWarning, match='pass `weight="sum"`, else') as told:
         ours, _ = weights_and_own(case, 4, steps=4)
     assert len([w for w in told if w.category is UserWarning]) == 1
-    mean = Case(lambda: dense(kind=Computing), {"loss": the_mean})
-    large, _ = weights_and_own(mean, 16)
-    # Twice in two updates it sees other weights: rounded by their length.
-    assert np.dot(ours, large) > 0.99 * np.linalg.norm(ours) * np.linalg.norm(
-        large
-    )
+    large, _ = weights_and_own(case, 16)
+    assert_close(ours, large)
     summed = Case(lambda: dense(kind=Computing), {"loss": the_sum})
     large, _ = weights_and_own(summed, 16)
     ours, _ = weights_and_own(summed, 4, steps=4, weight="sum")
@@ -719,31 +732,35 @@ def test_measuring_moves_nothing_of_pytorch():
     """Statistics of modules, and the random numbers of the process."""
     import torch
 
-    class Module(layers.Layer):
+    class Plain(keras.Model):
+        """Its `call` is not told whether it trains."""
+
         def __init__(self):
             super().__init__()
-            self.wrapped = layers.TorchModuleWrapper(torch.nn.BatchNorm1d(6))
-
-        def build(self, shape):
-            self.built = True
-
-        def compute_output_spec(self, inputs):
-            return keras.KerasTensor(inputs.shape, inputs.dtype)
+            module = torch.nn.BatchNorm1d(6)
+            self.wrapped = layers.TorchModuleWrapper(module)
+            self.dense = layers.Dense(3)
 
         def call(self, inputs):
-            return self.wrapped(inputs) + 0.0 * torch.randn(6)
+            return self.dense(self.wrapped(inputs))
 
-    x = keras.Input((6,))
-    layer = Module()
-    model = keras.Model(x, layers.Dense(3)(layer(x)))
-    model.compile("sgd", "mse")
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    tracked = layer.wrapped.module.num_batches_tracked.clone()
-    kinds_of(model, (X[:8], Y[:8]))
-    assert torch.equal(layer.wrapped.module.num_batches_tracked, tracked)
-    assert torch.equal(torch.rand(3), expected)
+    class Drawing(keras.losses.Loss):
+        def call(self, y, y_pred):
+            return the_mean(y, y_pred) + 0.0 * torch.rand(())
+
+    def drawn(*callbacks):
+        keras.utils.set_random_seed(0)
+        model = Plain()
+        model(X[:2])
+        model.compile("sgd", Drawing())
+        before = int(model.wrapped.module.num_batches_tracked)
+        model.fit(X, Y, 4, verbose=0, shuffle=False, callbacks=[*callbacks])
+        tracked = int(model.wrapped.module.num_batches_tracked) - before
+        return tracked, torch.rand(3)
+
+    plain, ours = drawn(), drawn(GradientAccumulationCallback(3))
+    assert ours[0] == plain[0] == 9
+    assert torch.equal(ours[1], plain[1])
 
 
 def test_weight_need_not_be_hashable():
@@ -756,3 +773,14 @@ def test_weight_need_not_be_hashable():
             return float(len(y))
 
     weights_and_loss(Case(dense, {"loss": "mse"}), 4, steps=4, weight=Weight())
+
+
+@needs_strategies
+@pytest.mark.parametrize("name", ["sum, one number", "mean, added sum"])
+def test_replicas_have_the_kinds_of_one_device(name):
+    """Of the first replica's part of a micro-batch."""
+    weights, losses = weights_and_loss(EXACT[name], 12)
+    with strategy_of(2).scope():
+        ours, ours_logged = weights_and_loss(EXACT[name], 4, "graph", steps=3)
+    assert_close(ours, weights)
+    np.testing.assert_allclose(ours_logged, losses, rtol=2e-5)
