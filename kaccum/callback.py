@@ -67,7 +67,8 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             back all that the attempt changed in Keras variables, halves the
             size and trains on the same batch again. It keeps the size for the
             rest of this fit, and for the next ones of the same model, and
-            prints it.
+            prints it. Validation inside of `fit` is cut, too, with the results
+            of whole batches; "auto" halves by itself there.
         skip_nonfinite: Whether to leave a micro-batch with a NaN or infinite
             gradient out of its window, as if it had never come: its gradient,
             its metrics, and all else that the step assigned (Keras variables,

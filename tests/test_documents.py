@@ -139,6 +139,8 @@ def test_every_test_that_a_page_names_exists():
     names = re.findall(r"``(test_\w+)``", "".join(PAGES.values()))
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     assert len(names) >= 35
+    methods = {"test_step", "test_function"}
+    names = [name for name in names if name not in methods]
     assert [n for n in names if f"def {n}(" not in tests] == []
 
 

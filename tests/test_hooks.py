@@ -13,7 +13,16 @@ import pytest
 import kaccum
 from kaccum import GradientAccumulationCallback, accumulate
 from kaccum.step import hooks
-from kaccum.step.hooks import FIT, HOOKS, MAKING, STEP, UPDATE
+from kaccum.step.hooks import (
+    CUTTING,
+    EITHER,
+    FIT,
+    HOOKS,
+    MAKING,
+    STEP,
+    TEST,
+    UPDATE,
+)
 from kaccum.step.training_step import TrainingStep
 from tests.backends import BACKEND, needs_graphs, needs_strategies
 from tests.reference import strategy_of
@@ -69,7 +78,7 @@ def functions_of(model):
         found[owner, None] = owner
         for key, value in vars(owner).items():
             is_method = callable(value) and hasattr(type(owner), key)
-            if is_method or key == "train_function":
+            if is_method or key in ("train_function", "test_function"):
                 found[owner, key] = value
     return found
 
@@ -96,7 +105,7 @@ def listed(model, *lasts):
     for hook in HOOKS:
         if hook.lasts not in lasts:
             continue
-        if hook.lasts == FIT:
+        if hook.lasts in (FIT, CUTTING):
             found.add((model, hook.attribute))
         found |= {(owner, hook.attribute) for owner in hook.owners(step)}
     return found
@@ -113,7 +122,7 @@ def test_a_step_replaces_what_the_table_says_and_nothing_else():
     before = functions_of(model)
     fit(model)
     during = replaced(before, seen[0])
-    assert during == listed(model, FIT, STEP)
+    assert during == listed(model, FIT, STEP, EITHER)
     after = functions_of(model)
     assert replaced(before, after) <= {(model, "train_function")}
     assert not hasattr(model.train_function, "__self__")
@@ -138,6 +147,39 @@ def test_a_fit_replaces_what_the_table_says_and_nothing_else():
     assert replaced(before, seen[0]) == listed(model, FIT)
 
 
+def test_a_validation_that_is_cut_replaces_what_the_table_says():
+    """While its step runs or is traced; and between them."""
+    seen = []
+
+    class Tested(keras.layers.Layer):
+        def call(self, inputs, training=None):
+            if training is False and is_begun:
+                seen.append(functions_of(model))
+            return inputs
+
+    class Begins(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            is_begun.append(True)
+            between.append(functions_of(model))
+
+    is_begun, between = [], []
+    stack = [keras.Input((4,)), Tested(), keras.layers.Dense(1)]
+    model = keras.Sequential(stack)
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.fit(X, Y, verbose=0, validation_data=(X, Y))
+    model.make_train_function(force=True)
+    model.make_test_function(force=True)
+    before = functions_of(model)
+    ours = GradientAccumulationCallback(micro_batch_size=2)
+    options = {"callbacks": [ours, Begins()], "validation_data": (X, Y)}
+    model.fit(X, Y, verbose=0, **options)
+    during = listed(model, FIT, CUTTING, TEST, EITHER)
+    assert replaced(before, seen[-1]) == during
+    assert replaced(before, between[0]) == listed(model, FIT, CUTTING)
+    assert replaced(before, functions_of(model)) <= {(model, "train_function")}
+
+
 @needs_graphs
 def test_the_step_is_replaced_while_keras_makes_a_function_of_it():
     """On TensorFlow only, which compiles what stands there."""
@@ -151,8 +193,24 @@ def test_the_step_is_replaced_while_keras_makes_a_function_of_it():
 
     vars(model)["make_train_function"] = make
     fit(model)
-    assert [h.attribute for h in HOOKS if h.lasts == MAKING] in made
-    assert "train_step" not in vars(model)
+    assert ["train_step"] in made
+    made.clear()
+    options = {"batch_size": 4, "verbose": 0, "validation_data": (X, Y)}
+    real_test = model.make_test_function
+
+    def make_test(force=False):
+        made.append([name for name in vars(model) if name == "test_step"])
+        return real_test(force)
+
+    vars(model)["make_test_function"] = make_test
+    ours = GradientAccumulationCallback(micro_batch_size=2)
+    model.fit(X, Y, callbacks=[ours], **options)
+    assert ["test_step"] in made
+    assert [h.attribute for h in HOOKS if h.lasts == MAKING] == [
+        "train_step",
+        "test_step",
+    ]
+    assert not {"train_step", "test_step"} & vars(model).keys()
 
 
 @needs_strategies

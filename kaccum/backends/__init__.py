@@ -12,8 +12,9 @@ import keras
 
 from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.runner import Ran, Runner
+from kaccum.backends.tester import Tester
 
-__all__ = ["Backend", "Ran", "Runner", "SumSpec", "backend"]
+__all__ = ["Backend", "Ran", "Runner", "SumSpec", "Tester", "backend"]
 
 _NAMES = ("tensorflow", "jax", "torch")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.src import backend as keras_backend
 
 
 def examples_in(batch: Any) -> int:
@@ -51,6 +52,20 @@ def joined(batches: Sequence[Any]) -> Any:
         lambda *arrays: None if arrays[0] is None else ops.concatenate(arrays),
         *batches,
     )
+
+
+def masks_of(tensors: Any) -> list[Any]:
+    """Keras's masks of nested tensors, `None` for one without."""
+    leaves = keras.tree.flatten(tensors)
+    return [keras_backend.get_keras_mask(leaf) for leaf in leaves]
+
+
+def with_masks(tensors: Any, masks: Sequence[Any]) -> Any:
+    """Nested tensors that have these masks of Keras."""
+    for leaf, mask in zip(keras.tree.flatten(tensors), masks):
+        if mask is not None:
+            keras_backend.set_keras_mask(leaf, mask)
+    return tensors
 
 
 def common_length(lengths: set[int | None], shapes: Any) -> int:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from kaccum.backends import arrays
 from kaccum.backends.runner import Runner, Step
+from kaccum.backends.tester import Tester, TestOfParts
 
 
 class SumSpec(NamedTuple):
@@ -284,6 +286,17 @@ class Backend(abc.ABC):
             model: What trains on them.
         """
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """What was cut, in one piece again, while a step of a replica runs."""
+        return arrays.joined(parts)
+
+    def first_of(self, batch: Any, most: int, model: keras.Model) -> Any:
+        """So many examples of a batch of one replica at most."""
+        examples = sum(self.examples_in(batch))
+        if examples <= most:
+            return batch
+        return next(self.cut(batch, [[most], [examples - most]], model))
+
     def of_one_replica(self, batch: Any) -> Any:
         """The part of a batch of `fit` that the first replica trains on."""
         return batch
@@ -357,6 +370,18 @@ class Backend(abc.ABC):
         Args:
             model: A compiled `keras.Model` whose `train_function` is made.
             step: What its training step becomes.
+        """
+
+    @abc.abstractmethod
+    def tester(
+        self, model: keras.Model, test: TestOfParts, runner: Any
+    ) -> Tester:
+        """What runs a test step on batches that are cut.
+
+        Args:
+            model: A compiled `keras.Model`.
+            test: What its test step becomes.
+            runner: What `runner` returned.
         """
 
     # Tests and benchmarks.

@@ -229,14 +229,14 @@ class AssigningRunner(Runner):
     def remember(self) -> None:
         super().remember()
         self._before = {
-            key: self._copy(variable)
+            key: self.copied(variable)
             for key, variable in self._step.assigned.items()
         }
 
     def restore(self) -> None:
         super().restore()
         for key, before in (self._before or {}).items():
-            self._restore(self._step.assigned[key], before)
+            self.put_back(self._step.assigned[key], before)
 
     def forget(self) -> None:
         self._before = None
@@ -251,13 +251,13 @@ class AssigningRunner(Runner):
         if self._before is not None:
             # In a trace: none of this batch's steps has assigned it yet.
             self._before[id(variable)] = self._backend.outside_of_traces(
-                functools.partial(self._copy, variable)
+                functools.partial(self.copied, variable)
             )
 
     @abc.abstractmethod
-    def _copy(self, variable: Any) -> Any:
+    def copied(self, variable: Any) -> Any:
         """What a variable holds now."""
 
     @abc.abstractmethod
-    def _restore(self, variable: Any, before: Any) -> None:
-        """Makes it hold what `_copy` returned."""
+    def put_back(self, variable: Any, before: Any) -> None:
+        """Makes a variable hold what `copied` returned."""

@@ -12,6 +12,7 @@ import torch
 from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.runner import AssigningRunner, Ran, Step
+from kaccum.backends.tester import AssigningTester, Tester, TestOfParts
 
 
 class TorchBackend(Backend):
@@ -82,10 +83,14 @@ class TorchBackend(Backend):
         self, loss: Callable[[], Any], variables: Sequence[Any]
     ) -> list[Any]:
         values = [variable.value for variable in variables]
+        total = loss()
+        if not total.requires_grad:
+            # What a layer adds of its inputs alone.
+            return [None] * len(values)
         # A step goes on from the same forward pass.
         return list(
             torch.autograd.grad(
-                loss(), values, allow_unused=True, retain_graph=True
+                total, values, allow_unused=True, retain_graph=True
             )
         )
 
@@ -136,6 +141,11 @@ class TorchBackend(Backend):
 
     def runner(self, model: keras.Model, step: Step) -> TorchRunner:
         return TorchRunner(model, step, self)
+
+    def tester(
+        self, model: keras.Model, test: TestOfParts, runner: Any
+    ) -> Tester:
+        return TorchTester(model, test, runner)
 
     def use_full_precision(self) -> None:
         torch.set_float32_matmul_precision("highest")
@@ -221,12 +231,26 @@ class TorchRunner(AssigningRunner):
         self._step.update()
         self._step.empty()
 
-    def _copy(self, variable: Any) -> torch.Tensor:
+    def copied(self, variable: Any) -> torch.Tensor:
         return variable.value.detach().clone()
 
     @torch.no_grad()
-    def _restore(self, variable: Any, before: torch.Tensor) -> None:
+    def put_back(self, variable: Any, before: torch.Tensor) -> None:
         variable.value.copy_(before)
+
+
+class TorchTester(AssigningTester):
+    """Runs a test step eagerly."""
+
+    @torch.no_grad()
+    def hear(self, data: Any) -> Any:
+        with self._test.overheard():
+            return self._test.hear(data, self._test_step)
+
+    @torch.no_grad()
+    def run(self, data: Any, parts: Sequence[Any]) -> Any:
+        with self._test.overheard():
+            return self._test.run(data, parts, self._test_step)
 
 
 BACKEND = TorchBackend()

@@ -1,13 +1,13 @@
-"""Trains on a batch in micro-batches, in smaller ones when memory runs out."""
+"""Runs a batch in micro-batches, in smaller ones when memory runs out."""
 
 from __future__ import annotations
 
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Union
 
-from kaccum.backends import Runner, backend
+from kaccum.backends import Runner, Tester, backend
 from kaccum.checks import checked_integer, received
 from kaccum.fit.plan import say
 
@@ -35,6 +35,9 @@ class MicroBatchSize:
         if not self.is_auto:
             self._most = checked_integer(size, rule, got)
         self._found: int | None = None
+        self._of_validation: MicroBatchSize | None = None
+        #: What it is a number of, in messages.
+        self.what = "examples"
         #: As of `fit`: 0 to be silent.
         self.verbose: Any = 1
 
@@ -93,27 +96,40 @@ class MicroBatchSize:
     def forget(self) -> None:
         """Starts anew: what fits one model may not fit another."""
         if self.is_auto:
-            self._most = self._found = None
+            self._most = self._found = self._of_validation = None
+
+    def of_validation(self) -> MicroBatchSize:
+        """That of validation: it starts with this, and halves by itself."""
+        if not self.is_auto:
+            return self
+        if self._of_validation is None:
+            self._of_validation = MicroBatchSize(AUTO)
+            self._of_validation.what = "examples of validation"
+            self._of_validation._most = self._found
+            # It needs less memory than training: that it fits is no news.
+            self._of_validation._found = self._found
+        self._of_validation.verbose = self.verbose
+        return self._of_validation
 
 
-def train_in_parts(
+def in_parts(
     batch: Any,
     size: MicroBatchSize,
-    runner: Runner,
-    train: Callable[[Iterator[Any], int], Any],
+    runner: Union[Runner, Tester],
+    run: Callable[[Iterator[Any], int], Any],
 ) -> Any:
-    """Trains on a batch of `fit`, cut into micro-batches.
+    """Runs a batch of `fit`, cut into micro-batches.
 
     Args:
-        batch: What Keras gives a `train_step`.
+        batch: What Keras gives a `train_step`, or a `test_step`.
         size: Says how to cut. When memory runs out and it may halve, all that
             the attempt changed is taken back and *the same batch* cut again.
         runner: What the attempts run on.
-        train: Function of the micro-batches, an iterator, and how many they
-            are, that runs training steps on them. It must make no update.
+        run: Function of the micro-batches, an iterator, and how many they are,
+            that runs steps on them. It must make no update.
 
     Returns:
-        What `train` returns.
+        What `run` returns.
 
     Raises:
         ValueError: If the batch cannot be cut.
@@ -123,27 +139,27 @@ def train_in_parts(
     examples = backend().examples_in(batch)
     if not size.is_auto:
         parts = size.parts_of(examples)
-        return train(backend().cut(batch, parts, runner.model), len(parts))
+        return run(backend().cut(batch, parts, runner.model), len(parts))
     runner.remember()
     try:
-        return _train_in_parts_that_fit(batch, examples, size, runner, train)
+        return _in_parts_that_fit(batch, examples, size, runner, run)
     finally:
         runner.forget()
 
 
-def _train_in_parts_that_fit(
+def _in_parts_that_fit(
     batch: Any,
     examples: list[int],
     size: MicroBatchSize,
-    runner: Runner,
-    train: Callable[[Iterator[Any], int], Any],
+    runner: Union[Runner, Tester],
+    run: Callable[[Iterator[Any], int], Any],
 ) -> Any:
     already = sys.exc_info()[1]
     while True:
         parts = size.parts_of(examples)
         try:
             micro_batches = backend().cut(batch, parts, runner.model)
-            result = train(micro_batches, len(parts))
+            result = run(micro_batches, len(parts))
             runner.wait()
         except Exception as error:
             origin = out_of_memory(error, already)
@@ -153,10 +169,10 @@ def _train_in_parts_that_fit(
             if not size.halve(max(parts[0])):
                 raise backend().out_of_memory(origin, _TOO_LARGE) from error
             halved = max(size.parts_of(examples)[0])
-            say(_HALVED.format(max(parts[0]), halved), size.verbose)
+            say(_HALVED.format(max(parts[0]), size.what, halved), size.verbose)
         else:
             if size.fits(max(parts[0])):
-                say(_FOUND.format(size.size), size.verbose)
+                say(_FOUND.format(size.size, size.what), size.verbose)
             return result
         # The frames of the failed attempt may hold its tensors in a cycle.
         gc.collect()
@@ -178,8 +194,8 @@ def out_of_memory(
     return None
 
 
-_FOUND = "kaccum: micro-batches of {} examples fit in memory."
-_HALVED = "kaccum: no memory for {} examples; trying micro-batches of {}."
+_FOUND = "kaccum: micro-batches of {} {} fit in memory."
+_HALVED = "kaccum: no memory for {} {}; trying micro-batches of {}."
 _TOO_LARGE = (
     "A single example does not fit in memory, so that no smaller micro-batch "
     "is left to try."

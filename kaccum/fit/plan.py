@@ -128,6 +128,15 @@ def advice(steps: int, size: int | None, data: Data) -> str:
     )
 
 
+def advice_for_validation(examples: int) -> str:
+    """The same for a batch of so many examples of validation."""
+    return (
+        f"kaccum: the validation of {examples} examples at a time did not fit "
+        "in memory. Write "
+        f"`validation_batch_size={max(1, examples // 2)}` into `fit`."
+    )
+
+
 def say(message: str, verbose: Any) -> None:
     """Prints a line as `fit` does, unless it is to be silent."""
     if verbose != 0:

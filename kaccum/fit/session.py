@@ -15,10 +15,11 @@ from kaccum import callers
 from kaccum.backends import backend
 from kaccum.fit.micro_batches import (
     MicroBatchSize,
+    in_parts,
     out_of_memory,
-    train_in_parts,
 )
 from kaccum.fit.plan import warn_of_uncut
+from kaccum.fit.validation import Validation
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
 from kaccum.step.hearing import on_metrics
@@ -38,6 +39,7 @@ class Session:
         self._model = model
         self._optimizer = model.optimizer
         self._runners: dict[Any, Any] = {}
+        self._validations: dict[Any, Validation] = {}
         self._runner: Any = None
         self._begin(Window(1), is_for_fit=True)
         self._get_plain_metrics = model.get_metrics_result
@@ -50,6 +52,7 @@ class Session:
             _replacing(model, "train_function", self._run_train_function),
         ]
         self._train_function = self._patches[-1]
+        self._test_function: Patch | None = None
 
     @classmethod
     def of(cls, model: keras.Model) -> Session:
@@ -80,7 +83,13 @@ class Session:
     @property
     def is_installed(self) -> bool:
         """Whether the model is taken over."""
-        return any(patch.is_installed for patch in self._patches)
+        return any(patch.is_installed for patch in self._all_patches)
+
+    @property
+    def _all_patches(self) -> list[Patch]:
+        if self._test_function is None:
+            return self._patches
+        return [*self._patches, self._test_function]
 
     @property
     def updates(self) -> int:
@@ -122,6 +131,8 @@ class Session:
         self._step.expect(window.steps)
         for patch in self._patches:
             patch.install()
+        if size is not None:
+            self._cut_validation(size)
 
     def begin_epoch(self, steps: int) -> None:
         """Starts an empty window of `steps` micro-batches."""
@@ -133,7 +144,7 @@ class Session:
 
     def give_back(self) -> None:
         """Leaves the model as if it had never been taken over."""
-        for patch in reversed(self._patches):
+        for patch in reversed(self._all_patches):
             patch.remove()
         if self._runner is not None:
             self._runner.stop()
@@ -169,11 +180,48 @@ class Session:
         # Whether the first batch was looked at.
         self._is_seen = False
 
+    def _cut_validation(self, size: MicroBatchSize) -> None:
+        """Makes `fit` validate in micro-batches."""
+        key = self._step.options.key
+        if key not in self._validations:
+            self._validations[key] = Validation(
+                self._model, self._runner, self._step
+            )
+        self._model.make_test_function()
+        validation = self._validations[key]
+
+        def instead_of(plain: Any) -> Any:
+            def test(*arguments: Any) -> Any:
+                if not callers.is_called_in_fit(self._model):
+                    # Of `evaluate`, after a `fit` that was interrupted.
+                    return plain(*arguments)
+                with self._ending_at_errors():
+                    return validation.test(size.of_validation(), *arguments)
+
+            return test
+
+        self._test_function = replacing(
+            "the model", "test_function", self._model, instead_of
+        )
+        self._test_function.install()
+
+    @contextlib.contextmanager
+    def _ending_at_errors(self) -> Iterator[None]:
+        """A `fit` that fails ends here, without `on_train_end`."""
+        try:
+            yield
+        except self._runner.end_of_data:
+            raise
+        except BaseException:
+            self.give_back()
+            raise
+
     def _use_runner(self, options: Options) -> None:
         if options.key not in self._runners:
             if callable(options.weight):
                 # A function of each fit's own is compiled, and not kept.
                 self._runners.clear()
+                self._validations.clear()
             with backend().scope_of(self._model):
                 step = TrainingStep(self._model, options)
             made = backend().runner(self._model, step)
@@ -218,7 +266,7 @@ class Session:
             if not self._step.trials.are_over:
                 self._measure([batch])
             self._warn_of_uncut(batch, size)
-            logs = train_in_parts(batch, size, self._runner, self._add_parts)
+            logs = in_parts(batch, size, self._runner, self._add_parts)
             self._update()
         if logs is None:
             raise StopIteration
@@ -286,7 +334,8 @@ class Session:
             raise backend().out_of_memory(origin, sentence) from error
 
     def _get_metrics_result(self) -> Any:
-        if thread.recording is not None:
+        heard = thread.recording
+        if heard is not None and heard.hears(on_metrics):
             return on_metrics(thread.recording, self._get_plain_metrics)
         # The one call between an epoch's last batch and validation.
         if not callers.is_asked_by("fit", self._model):
@@ -320,15 +369,18 @@ class Session:
         self.close_window()
         self._skipped_before = self.skipped
         options = self._step.options
-        for patch in reversed(self._patches):
+        for patch in reversed(self._all_patches):
             patch.remove()
         self._make_plain(force=True)
         self._optimizer = self._model.optimizer
         self._runners.clear()
+        self._validations.clear()
         self._keep()
         self._use_runner(options)
         for patch in self._patches:
             patch.install()
+        if self._size is not None:
+            self._cut_validation(self._size)
 
     def _lend_plain_function(self, force: bool) -> Any:
         """Gives the plain train function to a callback for a single call."""

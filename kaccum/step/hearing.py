@@ -328,6 +328,8 @@ def on_assign(
     recording: Recording, original: Call, variable: Any, value: Any
 ) -> Any:
     """What a step assigns, unless an update does that."""
+    if recording.drops_assigned:
+        return value
     if id(variable) in recording.still:
         recording.still.remove(id(variable))
         return value
@@ -392,7 +394,39 @@ def on_metrics(
     return metrics
 
 
-#: Of the handlers above, those that tell what a loss is.
+def on_layer(
+    outputs: Any, original: Call, layer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A layer that a test step calls."""
+    outputs.arguments.append((args, kwargs))
+    return outputs.call(layer, lambda: original(layer, *args, **kwargs))
+
+
+def on_stateless_layer(
+    outputs: Any,
+    original: Call,
+    layer: Any,
+    trainable: Any,
+    others: Any,
+    *args: Any,
+    return_losses: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The same, on JAX: Keras calls the model so."""
+
+    def run() -> Any:
+        return original(
+            layer, trainable, others, *args, return_losses=True, **kwargs
+        )
+
+    outputs.arguments.append((args, kwargs))
+    result = outputs.call_stateless(layer, run, (trainable, others))
+    return result if return_losses else result[:2]
+
+
+#: Of the handlers above, those that tell what a layer returns.
+OF_CALLS = (on_layer, on_stateless_layer)
+#: And those that tell what a loss is.
 OF_LOSSES = (on_compiled_loss, on_loss, on_reduction, on_scaling_for_replicas)
 
 

@@ -9,19 +9,23 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import keras
 
 from kaccum.backends import backend
 from kaccum.checks import with_inner
-from kaccum.patches import Patch
+from kaccum.patches import Patch, patched
 from kaccum.step import hearing
 from kaccum.step.weights import loss_module
 
 FIT = "during a fit with the callback, or in `accumulate`"
-MAKING = "while Keras makes a train function"
+CUTTING = "during a fit with `micro_batch_size`"
+MAKING = "while Keras makes a train or test function"
 STEP = "while a training step runs, or is traced"
+TEST = "while a test step runs, or is traced, whose batches are cut"
+EITHER = "while a training step, or such a test step, runs or is traced"
 UPDATE = "while several replicas make an update"
 ORACLE = "during a fit of `kaccum.testing.fit_large`"
 
@@ -35,8 +39,9 @@ class Hook(NamedTuple):
         lasts: For how long.
         since: The oldest Keras that has it (kaccum needs a newer one).
         why: What for.
-        owners: For a `STEP`, function of the `TrainingStep` that returns them.
-        heard: For a `STEP`, what is called instead: a function of the
+        owners: For a step, function of the `TrainingStep` that returns them,
+            or of `None` for a test step.
+        heard: For a step, what is called instead: a function of the
             recording, of what stood there, and of the call's arguments.
         also_inside: Whether it also hears what a user's own step traces by
             itself (`tf.function`, `jax.jit`), of which nothing can be kept.
@@ -92,8 +97,12 @@ HOOKS = (
     Hook("the model", "get_metrics_result", FIT, "3.0",
          "`fit` calls it between an epoch's last batch and validation: a short "
          "window is applied. In a step it tells which logs are the metrics'."),
+    Hook("the model", "test_function", CUTTING, "3.0",
+         "`fit` validates by it: batches are cut."),
     Hook("the model", "train_step", MAKING, "3.0",
          "Keras compiles and distributes what stands there (TensorFlow)."),
+    Hook("the model", "test_step", MAKING, "3.0",
+         "The same."),
     Hook("the model's optimizer", "apply", STEP, "3.0",
          "The gradients go into the sums.",
          _optimizer, hearing.on_apply, also_inside=True),
@@ -135,8 +144,9 @@ HOOKS = (
     Hook("keras.layers.BatchNormalization", "_moments", STEP, "3.0",
          "Moving statistics advance once an update.",
          _always(keras.layers.BatchNormalization), hearing.on_moments),
-    Hook("keras.Variable", "assign", STEP, "3.0",
-         "What a step assigns can be taken back.",
+    Hook("keras.Variable", "assign", EITHER, "3.0",
+         "What a step assigns can be taken back; a test step that runs for its "
+         "layers' outputs moves no metric.",
          _always(keras.Variable), hearing.on_assign, also_inside=True),
     Hook("jax", "value_and_grad", STEP, "3.0",
          "What is heard while a gradient is taken leaves it, as auxiliary "
@@ -145,6 +155,12 @@ HOOKS = (
     Hook("jax", "grad", STEP, "3.0",
          "The same, where a step calls this.",
          _differentiating, hearing.on_grad),
+    Hook("keras.layers.Layer", "__call__", TEST, "3.0",
+         "Layers that the step calls return what they did for its parts.",
+         _always(keras.layers.Layer), hearing.on_layer),
+    Hook("keras.layers.Layer", "stateless_call", TEST, "3.0",
+         "The same: Keras calls a model so, on JAX.",
+         _always(keras.layers.Layer), hearing.on_stateless_layer),
     Hook(_UPDATES, "_all_reduce_sum_gradients", UPDATE, "3.2",
          "Each replica has the whole gradient, which would be summed again."),
     Hook(_UPDATES, "_overwrite_model_variables_with_average_value", UPDATE,
@@ -177,6 +193,15 @@ def replacing(
     return Patch(instance, attribute, stand_in)
 
 
+def replacing_step(
+    model: keras.Model, attribute: str, step: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """A context in which a model has a `train_step` or `test_step` instead."""
+    return patched(
+        [replacing("the model", attribute, model, lambda original: step)]
+    )
+
+
 def overhearing(step: Any) -> list[Patch]:
     """Patches that have all that a `TrainingStep` does be heard.
 
@@ -184,8 +209,19 @@ def overhearing(step: Any) -> list[Patch]:
     replicas are threads; they do something only inside of a thread's
     `Recording.running()`.
     """
+    return _patches((STEP, EITHER), step)
+
+
+def of_test_steps() -> list[Patch]:
+    """The same for a `TestStep`."""
+    return _patches((TEST, EITHER), None)
+
+
+def _patches(lasts: Sequence[str], step: Any) -> list[Patch]:
     patches = []
     for hook in HOOKS:
+        if hook.lasts not in lasts:
+            continue
         for owner in hook.owners(step):
             is_shared = isinstance(owner, (type, types.ModuleType))
             make = _shared_patch_of if is_shared else _patch_of

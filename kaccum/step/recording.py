@@ -58,6 +58,9 @@ class Recording:
             the model.
     """
 
+    #: Whether what the step assigns is not.
+    drops_assigned = False
+
     def __init__(
         self,
         step: TrainingStep,

@@ -175,10 +175,7 @@ class TrainingStep:
         self, train_step: Callable[[Any], Any]
     ) -> contextlib.AbstractContextManager[None]:
         """A context in which `train_step` is that of the model."""
-        patch = hooks.replacing(
-            "the model", "train_step", self.model, lambda original: train_step
-        )
-        return patched([patch])
+        return hooks.replacing_step(self.model, "train_step", train_step)
 
     @property
     def regularized(self) -> list[Any]:

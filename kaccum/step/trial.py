@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
-from keras.src import backend
 
-from kaccum.backends.arrays import joined
+from kaccum.backends.arrays import joined, masks_of, with_masks
 from kaccum.step import weights
 from kaccum.step.hearing import OF_LOSSES
 from kaccum.step.kinds import CERTAIN_OF_MODEL, Measured, Numbers
@@ -93,10 +92,7 @@ class Trial:
         """Computes the losses of a model, of its outputs."""
         # Keras changes weights and masks in place (PyTorch, 3.15).
         sample_weight = _copied(sample_weight)
-        for leaf in keras.tree.flatten(y_pred):
-            mask = backend.get_keras_mask(leaf)
-            if mask is not None:
-                backend.set_keras_mask(leaf, ops.copy(mask))
+        with_masks(y_pred, _copied(masks_of(y_pred)))
         thread.recording = self
         try:
             total = self.step.model._compute_loss(
@@ -167,14 +163,10 @@ def _floats(measured: Measured) -> Measured:
 def _few_of(step: TrainingStep, batch: Any) -> Any:
     """Some examples of a batch; all of one that cannot be cut."""
     try:
-        examples = sum(step.backend.examples_in(batch))
+        return step.backend.first_of(batch, MOST, step.model)
     except ValueError:
         # A batch of graphs, say.
         return batch
-    if examples <= MOST:
-        return batch
-    sizes = [[MOST], [examples - MOST]]
-    return next(step.backend.cut(batch, sizes, step.model))
 
 
 def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
@@ -258,13 +250,13 @@ def _outputs(model: keras.Model, x: Any) -> Any:
 
 def _cut(step: TrainingStep, batch: Any) -> list[Any]:
     """Some examples, their halves, and unequal parts, with masks of Keras."""
-    masks = [backend.get_keras_mask(t) for t in keras.tree.flatten(batch)]
+    masks = masks_of(batch)
     (examples,) = step.backend.examples_in((batch, masks))
 
     def cut(*sizes: int) -> list[Any]:
         all_sizes = [[size] for size in (*sizes, examples - sum(sizes)) if size]
         parts = step.backend.cut((batch, masks), all_sizes, step.model)
-        return [_masked(*part) for part in parts][: len(sizes)]
+        return [with_masks(*part) for part in parts][: len(sizes)]
 
     most = min(examples, MOST)
     pieces = cut(most)
@@ -295,18 +287,8 @@ def _unit(value: Any, model: keras.Model | None = None) -> float:
 
 def _joined(batches: list[Any]) -> Any:
     """Batches together, with the masks of Keras."""
-    masks = [
-        [backend.get_keras_mask(t) for t in keras.tree.flatten(batch)]
-        for batch in batches
-    ]
-    return _masked(joined(batches), joined(masks))
-
-
-def _masked(batch: Any, masks: list[Any]) -> Any:
-    for leaf, mask in zip(keras.tree.flatten(batch), masks):
-        if mask is not None:
-            backend.set_keras_mask(leaf, mask)
-    return batch
+    masks = joined([masks_of(batch) for batch in batches])
+    return with_masks(joined(batches), masks)
 
 
 def _weight(reduction: Reduction, examples: Any) -> Any:

@@ -17,7 +17,9 @@ from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
 from kaccum.backends.jax.runner import JaxRunner
 from kaccum.backends.jax.sums import Sum
+from kaccum.backends.jax.tester import JaxTester
 from kaccum.backends.runner import Runner, Step
+from kaccum.backends.tester import Tester, TestOfParts
 
 # A GPU's, and that of a compiled step on the processor (JAX 0.10).
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
@@ -225,6 +227,13 @@ class JaxBackend(Backend):
             yield _part_of(batch, start, each[0], len(each))
             start += each[0]
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        distribution = keras.distribution.distribution()
+        if distribution is None:
+            return arrays.joined(parts)
+        count = distribution.num_model_replicas
+        return jax.tree.map(lambda *each: _joined_on(count, each), *parts)
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         # What was called before raises the one, what is new the other
         # (JAX 0.10).
@@ -248,12 +257,28 @@ class JaxBackend(Backend):
     def runner(self, model: keras.Model, step: Step) -> Runner:
         return JaxRunner(model, step)
 
+    def tester(
+        self, model: keras.Model, test: TestOfParts, runner: Any
+    ) -> Tester:
+        return JaxTester(model, test)
+
 
 def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:
     leaves = keras.tree.flatten(batch)
     if all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves):
         return _compiled_part_of(batch, start, size, parts)
     return arrays.part_of(batch, start, start + size)
+
+
+def _joined_on(count: int, arrays: Sequence[Any]) -> jax.Array:
+    """The examples of several parts, each of which so many devices have."""
+    shape = arrays[0].shape[1:]
+    if any(len(array) % count for array in arrays):
+        return jnp.concatenate(arrays)
+    split = [array.reshape(count, -1, *shape) for array in arrays]
+    whole = jnp.concatenate(split, axis=1).reshape(-1, *shape)
+    layout = keras.distribution.distribution().get_data_layout(whole.shape)
+    return jax.lax.with_sharding_constraint(whole, layout.backend_layout)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import keras
 
-from kaccum.backends.jax.sums import Sum, sharding_of
+from kaccum.backends.jax.sums import Sum, constrained, sharding_of
 from kaccum.backends.runner import Ran, Runner, Step
 
 
@@ -256,7 +256,7 @@ class JaxRunner(Runner):
                 raise _NewSums(new)
         self._sums += new
         return [
-            _constrained(total.value, total.sharding) for total in self._sums
+            constrained(total.value, total.sharding) for total in self._sums
         ]
 
     def _placed(self, state: State) -> State:
@@ -265,7 +265,7 @@ class JaxRunner(Runner):
             return state
         return State(
             *(
-                [_constrained(x, sharding_of(v)) for v, x in zip(group, values)]
+                [constrained(x, sharding_of(v)) for v, x in zip(group, values)]
                 for group, values in zip(self._variables, state)
             )
         )
@@ -341,9 +341,3 @@ def _check_still(before: State, after: State) -> None:
                 "gradients to be accumulated on JAX. Received: one that "
                 "returned other values for them."
             )
-
-
-def _constrained(value: Any, sharding: Any) -> Any:
-    if sharding is None:
-        return value
-    return jax.lax.with_sharding_constraint(value, sharding)

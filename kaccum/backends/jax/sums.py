@@ -48,6 +48,13 @@ def sharding_of(variable: Any) -> Any:
     return distribution.get_variable_layout(variable).backend_layout
 
 
+def constrained(value: Any, sharding: Any) -> Any:
+    """A value in a trace, whose parts are to be there."""
+    if sharding is None:
+        return value
+    return jax.lax.with_sharding_constraint(value, sharding)
+
+
 def _everywhere(axes: int) -> Any:
     """A copy of an array with so many axes on each device, as a sharding."""
     distribution = keras.distribution.distribution()

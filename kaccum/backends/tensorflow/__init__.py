@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -9,6 +11,8 @@ from kaccum.backends.runner import Runner, Step
 from kaccum.backends.tensorflow.arithmetic import Arithmetic
 from kaccum.backends.tensorflow.batches import Batches
 from kaccum.backends.tensorflow.runner import TensorFlowRunner
+from kaccum.backends.tensorflow.tester import TensorFlowTester
+from kaccum.backends.tester import Tester, TestOfParts
 
 
 class TensorFlowBackend(Arithmetic, Batches):
@@ -32,6 +36,11 @@ class TensorFlowBackend(Arithmetic, Batches):
 
     def runner(self, model: keras.Model, step: Step) -> Runner:
         return TensorFlowRunner(model, step, self)
+
+    def tester(
+        self, model: keras.Model, test: TestOfParts, runner: Any
+    ) -> Tester:
+        return TensorFlowTester(model, test, runner)
 
     def use_full_precision(self) -> None:
         tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -20,10 +20,14 @@ class CompiledCall:
 
     Args:
         function: Function of nested tensors, or of an iterator of a data set.
+        knows_sizes: Whether it is traced for batches of one size each.
     """
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], *, knows_sizes: bool = True
+    ) -> None:
         self._function = function
+        self._knows_sizes = knows_sizes
         # By the structure of the argument: functions of its tensors.
         self._by_structure: dict[str, Any] = {}
         self._of_others = _compiled(function)
@@ -76,7 +80,18 @@ class CompiledCall:
                 return self._function(packed)
 
             self._by_structure[key] = _compiled(call_packed)
-        return self._by_structure[key].get_concrete_function(tensors)
+        given = tensors
+        if not self._knows_sizes:
+            given = [_of_any_size(tensor) for tensor in tensors]
+        return self._by_structure[key].get_concrete_function(given)
+
+
+def _of_any_size(tensor: tf.Tensor | None) -> tf.TensorSpec | None:
+    if tensor is None:
+        return None
+    shape = tensor.shape
+    first = [None] if len(shape) else []
+    return tf.TensorSpec([*first, *shape[1:]], tensor.dtype)
 
 
 def is_dataset(source: Any) -> bool:

@@ -203,9 +203,9 @@ class TensorFlowRunner(AssigningRunner):
             self._calls[key] = call if is_eager else CompiledCall(call)
         return self._calls[key]
 
-    def _copy(self, variable: Any) -> list[tf.Tensor]:
+    def copied(self, variable: Any) -> list[tf.Tensor]:
         return [tf.identity(part) for part in local_values(variable.value)]
 
-    def _restore(self, variable: Any, before: list[tf.Tensor]) -> None:
+    def put_back(self, variable: Any, before: list[tf.Tensor]) -> None:
         for part, value in zip(local_values(variable.value), before):
             part.assign(value)

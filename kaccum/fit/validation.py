@@ -1,0 +1,119 @@
+"""Validates in micro-batches, with the results of whole batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from kaccum.backends import Runner, Tester, backend
+from kaccum.fit.micro_batches import MicroBatchSize, in_parts, out_of_memory
+from kaccum.fit.plan import advice_for_validation
+from kaccum.step.test_step import TestStep, joinable
+from kaccum.step.training_step import TrainingStep
+
+
+class Validation:
+    """The validation inside of a `fit`, whose batches are cut.
+
+    Args:
+        model: A compiled `keras.Model`.
+        runner: What runs its training step.
+        step: What its training step becomes.
+    """
+
+    def __init__(
+        self, model: keras.Model, runner: Runner, step: TrainingStep
+    ) -> None:
+        self._model = model
+        self._test = TestStep(model, step.kinds, step.differences)
+        self._tester: Tester = backend().tester(model, self._test, runner)
+
+    def test(self, size: MicroBatchSize, *arguments: Any) -> Any:
+        """Does what the model's test function does.
+
+        Args:
+            size: Says how to cut a batch.
+            *arguments: Those of the test function.
+        """
+        return self._tester.called(
+            lambda batches: self._run(batches, size), *arguments
+        )
+
+    def _run(self, batches: Any, size: MicroBatchSize) -> Any:
+        """The logs of the last of the next batches."""
+        logs = None
+        count = self._model.steps_per_execution
+        for batch in itertools.islice(batches, count):
+            logs = self._run_batch(batch, size)
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    def _run_batch(self, batch: Any, size: MicroBatchSize) -> Any:
+        if not self._can_be_cut(batch, size):
+            return self._run_whole(batch, [])
+        heard = _Heard(self._tester, batch)
+        try:
+            logs = in_parts(batch, size, self._tester, heard.run_in)
+        except Exception as error:
+            if not size.is_auto:
+                self._advise(error, batch)
+            raise
+        return self._run_whole(batch, heard.parts) if heard.is_cut else logs
+
+    def _run_whole(self, batch: Any, parts: list[Any]) -> Any:
+        try:
+            return self._tester.run(batch, parts)
+        except Exception as error:
+            self._advise(error, batch)
+            raise
+
+    def _advise(self, error: Exception, batch: Any) -> None:
+        """Raises the error again, with what to write where memory runs out."""
+        origin = out_of_memory(error, None)
+        if origin is not None:
+            examples = sum(backend().examples_in(batch))
+            sentence = advice_for_validation(examples)
+            raise backend().out_of_memory(origin, sentence) from error
+
+    def _can_be_cut(self, batch: Any, size: MicroBatchSize) -> bool:
+        try:
+            examples = backend().examples_in(batch)
+        except ValueError:
+            # A batch of graphs, say.
+            return False
+        may_be_cut = size.is_auto or len(size.parts_of(examples)) > 1
+        if not may_be_cut or sum(examples) < 2:
+            return True
+        one = backend().of_one_replica(batch)
+        return self._test.can_be_cut(one, self._tester.look)
+
+
+class _Heard:
+    """What is heard of the micro-batches of a batch, if it is cut.
+
+    Args:
+        tester: What runs them.
+        batch: The batch.
+    """
+
+    def __init__(self, tester: Tester, batch: Any) -> None:
+        self._tester = tester
+        self._batch = batch
+        self.is_cut = False
+        self.parts: list[Any] = []
+
+    def run_in(self, micro_batches: Iterator[Any], count: int) -> Any:
+        """Runs as many of them; the logs where that is the batch itself."""
+        self.is_cut = count > 1
+        if not self.is_cut:
+            return self._tester.run(self._batch, [])
+        heard, sizes = [], []
+        for micro_batch in micro_batches:
+            sizes.append(backend().examples_in(micro_batch))
+            heard.append(self._tester.hear(micro_batch))
+        self.parts = joinable(heard, sizes)
+        return None

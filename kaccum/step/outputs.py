@@ -1,0 +1,221 @@
+"""What the layers return that a step calls: heard of parts, given for a whole.
+
+Where a step calls a layer, or the model, that computes each example by itself.
+What a step does with the outputs need not: it gets those of a whole batch,
+which were computed in parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from kaccum.backends import backend
+from kaccum.backends.arrays import masks_of, with_masks
+from kaccum.step import weights
+from kaccum.step.hearing import OF_CALLS, on_assign
+from kaccum.step.recording import thread
+
+
+class Call(NamedTuple):
+    """What a layer returned that a step called.
+
+    Args:
+        outputs: Nested tensors.
+        masks: Keras's masks of them, in a list, `None` for one without.
+        terms: What the layer added to the loss, but for regularizers.
+        examples: How many the step was given, a float or a float32 scalar.
+    """
+
+    outputs: Any
+    masks: list[Any]
+    terms: list[Any]
+    examples: Any
+
+
+class Outputs:
+    """Is told of the layers that a step calls, not of those that they call.
+
+    Stands for the `Recording` of a step.
+    """
+
+    def __init__(self) -> None:
+        self.backend = backend()
+        self.trace = self.backend.trace()
+        # Whether a layer is called now.
+        self.is_inside = False
+        #: The arguments of each call.
+        self.arguments: list[Any] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A context in which this thread's calls are heard."""
+        thread.recording = self
+        try:
+            yield
+        finally:
+            thread.recording = None
+
+    def hears(self, handler: Callable[..., Any]) -> bool:
+        """Whether it is to be told what a handler is called for."""
+        return not self.is_inside and handler in OF_CALLS
+
+    def call(self, layer: keras.Layer, run: Callable[[], Any]) -> Any:
+        """What a call of a layer returns.
+
+        Args:
+            layer: The layer.
+            run: Calls it.
+        """
+        raise NotImplementedError
+
+    def call_stateless(
+        self, layer: keras.Layer, run: Callable[[], Any], state: Sequence[Any]
+    ) -> Any:
+        """The same for `stateless_call`.
+
+        Args:
+            layer: The layer.
+            run: Calls it. Returns its losses, too.
+            state: The values of its variables: trainable ones, and others.
+        """
+        raise NotImplementedError
+
+    def _inside(self, run: Callable[[], Any]) -> Any:
+        self.is_inside = True
+        try:
+            return run()
+        finally:
+            self.is_inside = False
+
+
+class Heard(Outputs):
+    """Hears what layers return. Else the step is to leave nothing behind.
+
+    Args:
+        data: What the step gets.
+    """
+
+    #: What the step assigns, but for its layers, is not.
+    drops_assigned = True
+
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._examples = weights.examples_in(data)
+
+    def call(self, layer: keras.Layer, run: Callable[[], Any]) -> Any:
+        outputs = self._inside(run)
+        self._note(outputs, _added(layer, layer.losses))
+        return outputs
+
+    def call_stateless(
+        self, layer: keras.Layer, run: Callable[[], Any], state: Sequence[Any]
+    ) -> Any:
+        outputs, others, losses = self._inside(run)
+        self._note(outputs, _added(layer, losses))
+        return outputs, others, losses
+
+    def hears(self, handler: Callable[..., Any]) -> bool:
+        is_assigned = handler is on_assign and not self.is_inside
+        return is_assigned or super().hears(handler)
+
+    def _note(self, outputs: Any, terms: list[Any]) -> None:
+        call = Call(outputs, masks_of(outputs), terms, self._examples)
+        self.calls.append(call)
+
+
+class Given(Outputs):
+    """Gives what layers returned for the parts of a batch, as for all of it.
+
+    Args:
+        parts: For each part what was heard, `None` for a call that is to run.
+        is_sum: Function of a layer and the place of a term that it adds to the
+            loss: whether that is a sum over examples, no mean.
+        join: Function of the parts of a batch that returns it.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[Call | None]],
+        is_sum: Callable[[keras.Layer, int], bool],
+        join: Callable[[Sequence[Any]], Any],
+    ) -> None:
+        super().__init__()
+        self._join = join
+        self._calls = iter(list(zip(*parts)))
+        self._is_sum = is_sum
+
+    def call(self, layer: keras.Layer, run: Callable[[], Any]) -> Any:
+        parts = next(self._calls, ())
+        if None in parts or not parts:
+            return self._inside(run)
+        layer._clear_losses()
+        for term in self._terms(layer, parts):
+            # A functional model refuses to be told by its own (Keras 3.15).
+            keras.layers.Layer.add_loss(layer, term)
+        return self._outputs(parts)
+
+    def call_stateless(
+        self, layer: keras.Layer, run: Callable[[], Any], state: Sequence[Any]
+    ) -> Any:
+        parts = next(self._calls, ())
+        if None in parts or not parts:
+            return self._inside(run)
+        trainable, others = state
+        values = zip(layer.trainable_variables, trainable)
+        with keras.StatelessScope(list(values)):
+            once = [
+                variable.regularizer(ops.convert_to_tensor(variable))
+                for variable in _regularized(layer)
+            ]
+        return self._outputs(parts), others, self._terms(layer, parts) + once
+
+    def _outputs(self, parts: Sequence[Call]) -> Any:
+        outputs = self._join([part.outputs for part in parts])
+        masks = self._join([part.masks for part in parts])
+        return with_masks(outputs, masks)
+
+    def _terms(self, layer: keras.Layer, parts: Sequence[Call]) -> list[Any]:
+        sizes = [ops.cast(part.examples, "float32") for part in parts]
+        terms = zip(*(part.terms for part in parts))
+        return [
+            self._term(layer, i, values, sizes)
+            for i, values in enumerate(terms)
+        ]
+
+    def _term(
+        self,
+        layer: keras.Layer,
+        place: int,
+        values: Sequence[Any],
+        sizes: list[Any],
+    ) -> Any:
+        if len(values[0].shape) > 0:
+            # Keras sums its elements.
+            return self._join(values)
+        # A replica may have no examples in a part.
+        values = [
+            ops.where(ops.greater(size, 0), value, ops.zeros_like(value))
+            for value, size in zip(values, sizes)
+        ]
+        if self._is_sum(layer, place):
+            return sum(values)
+        total = sum(
+            ops.cast(value, "float32") * size
+            for value, size in zip(values, sizes)
+        )
+        return ops.cast(total / sum(sizes), values[0].dtype)
+
+
+def _regularized(layer: keras.Layer) -> list[Any]:
+    weights = layer.trainable_weights
+    return [weight for weight in weights if weight.regularizer is not None]
+
+
+def _added(layer: keras.Layer, losses: list[Any]) -> list[Any]:
+    return losses[: len(losses) - len(_regularized(layer))]
