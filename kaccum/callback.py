@@ -14,7 +14,9 @@ from kaccum.checks import (
     Weight,
     check_calls,
     check_model,
+    check_step_for_whole_batches,
     check_weight,
+    check_whole_batch_loss,
     is_scaling_losses,
     received,
 )
@@ -80,6 +82,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             divides by, a scalar (its number of tokens that count, say). By
             default it is heard and measured in Keras's losses: this is for a
             loss or a `train_step` of your own that hides it.
+        whole_batch_loss: Whether the loss is computed of the whole window, for
+            losses that are neither a mean nor a sum over examples: contrastive
+            ones, Dice, outputs with different masks. Each micro-batch runs
+            forward twice; the outputs of the window are kept in memory. The log
+            is that of whole windows, and stands still inside of one.
         on_update: Function called with the number of updates (int) that this
             fit made so far, after each one. With `steps_per_execution` it is
             called after each execution, once for each update in it.
@@ -93,14 +100,18 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             `micro_batch_size` another string than "auto". When
             `fit` starts: if the model has no optimizer, or one with
             `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
-            `LossScaleOptimizer`. At the start of an epoch: if the function
+            `LossScaleOptimizer`, or, with `whole_batch_loss`, a `train_step`
+            of its own. With `whole_batch_loss`: if `weight` or `skip_nonfinite`
+            is given, too; in the first step, if outputs have not the examples
+            along their first axis. At the start of an epoch: if the function
             `steps` returns less than 1. In the first step: if `weight` returns
             no scalar, or some losses are means and others sums in a
             `train_step` or `compute_loss` of the model's own.
         RuntimeError: When `fit` starts: if another callback accumulates
             already, the hook is called outside of the `fit` of its model, the
             model's `tf.distribute` strategy is neither a `MirroredStrategy` nor
-            a `OneDeviceStrategy`, or XLA would compile several replicas. In the
+            a `OneDeviceStrategy`, or XLA would compile several replicas; if
+            there are several, with `whole_batch_loss`. In the
             first step: if the model's `train_step` never applies gradients,
             does so inside of a `tf.function` or `jax.jit` of its own, or
             applies some by another optimizer. In a callback that calls `fit` on
@@ -130,6 +141,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         micro_batch_size: int | Literal["auto"] | None = None,
         skip_nonfinite: bool = False,
         weight: Weight = None,
+        whole_batch_loss: bool = False,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -153,6 +165,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 f"{received('skip_nonfinite', skip_nonfinite)}"
             )
         check_weight(weight)
+        check_whole_batch_loss(whole_batch_loss, weight, skip_nonfinite)
         if on_update is not None and not callable(on_update):
             raise TypeError(
                 "`on_update` must be a function of the number of updates. "
@@ -163,6 +176,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self.steps = steps if self._schedule is None else self._schedule.steps
         self.skip_nonfinite = skip_nonfinite
         self.weight = weight
+        self.whole_batch_loss = whole_batch_loss
         self.on_update = on_update
         self._session: Session | None = None
         self._skipped = self._updates = 0
@@ -194,6 +208,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             "micro_batch_size": self._asked_size,
             "skip_nonfinite": self.skip_nonfinite or None,
             "weight": self.weight,
+            "whole_batch_loss": self.whole_batch_loss or None,
             "on_update": self.on_update,
         }
         given = [f"{k}={v!r}" for k, v in arguments.items() if v is not None]
@@ -228,6 +243,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 "its scale. Received: skip_nonfinite=True and a "
                 f"{type(self.model.optimizer).__name__}. Leave one of them out."
             )
+        options = Options(
+            self.skip_nonfinite, self.weight, self.whole_batch_loss
+        )
+        if self.whole_batch_loss:
+            check_step_for_whole_batches(self.model)
         self._skipped = self._updates = 0
         self._said = None
         self._data = Data.of_fit(self.model, self.params)
@@ -247,7 +267,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             Window(1),
             is_for_fit=True,
             size=self._size,
-            options=Options(self.skip_nonfinite, self.weight),
+            options=options,
             on_update=self.on_update,
         )
 

@@ -177,3 +177,56 @@ def with_inner(optimizer: Any) -> list[Any]:
     if hasattr(optimizer, "inner_optimizer"):
         inner.append(optimizer.inner_optimizer)
     return [optimizer, *(o for i in inner for o in with_inner(i))]
+
+
+def check_whole_batch_loss(
+    whole_batch_loss: Any, weight: Any, skip_nonfinite: Any
+) -> None:
+    """Checks the argument, and what it excludes.
+
+    Raises:
+        TypeError: If it is no bool.
+        ValueError: If it is given with another argument that it excludes.
+    """
+    if not isinstance(whole_batch_loss, bool):
+        raise TypeError(
+            "`whole_batch_loss` must be True or False. "
+            f"{received('whole_batch_loss', whole_batch_loss)}"
+        )
+    if whole_batch_loss and weight is not None:
+        raise ValueError(
+            "`weight` must not be given with `whole_batch_loss=True`, where "
+            "the loss is computed of the whole batch and micro-batches have no "
+            f"weight. {received('weight', weight)}"
+        )
+    if whole_batch_loss and skip_nonfinite:
+        raise ValueError(
+            "`skip_nonfinite` must not be given with `whole_batch_loss=True`: "
+            "a NaN in one micro-batch is in the one loss of the window, and so "
+            "in all its gradients. Received: both. Leave one of them out."
+        )
+
+
+def check_step_for_whole_batches(model: keras.Model) -> None:
+    """Checks that a model's loss can be computed apart from its outputs.
+
+    Raises:
+        ValueError: If its `train_step` is not Keras's own.
+        RuntimeError: If it trains on several replicas.
+    """
+    step = getattr(model.train_step, "__func__", None)
+    if step is not keras.Model.train_step:
+        raise ValueError(
+            "`whole_batch_loss` must be used with Keras's own `train_step`: "
+            "one of your own cannot be taken apart into outputs and loss. "
+            f"Received: a {type(model).__name__} with a `train_step`. Move "
+            "what it does into `compute_loss`, which is called for the whole "
+            "batch."
+        )
+    if backend().replicas_of(model) > 1:
+        raise RuntimeError(
+            "`whole_batch_loss` must be used on one replica: outputs are not "
+            "gathered from several ones. Received: a model of "
+            f"{backend().replicas_of(model)} replicas. Use one device, or "
+            "`keras.distribution` on JAX."
+        )

@@ -48,6 +48,7 @@ class Run:
         epochs: How often all of them are seen.
         cut: Whether `fit` is asked for large batches, which kaccum cuts
             (`micro_batch_size`), and not for micro-batches (`steps`).
+        whole_batch_loss: Whether the loss is that of the whole large batch.
     """
 
     examples: int
@@ -55,6 +56,7 @@ class Run:
     steps: int
     epochs: int = 1
     cut: bool = False
+    whole_batch_loss: bool = False
 
     @property
     def large_batch(self) -> int:
@@ -69,11 +71,12 @@ class Run:
     @property
     def callback(self) -> GradientAccumulationCallback:
         """What makes an update of each large batch."""
+        whole = self.whole_batch_loss
         if self.cut:
             return GradientAccumulationCallback(
-                micro_batch_size=self.micro_batch
+                micro_batch_size=self.micro_batch, whole_batch_loss=whole
             )
-        return GradientAccumulationCallback(self.steps)
+        return GradientAccumulationCallback(self.steps, whole_batch_loss=whole)
 
 
 @dataclasses.dataclass
@@ -103,6 +106,7 @@ def runs(
     max_micro_batch: int = 6,
     max_steps: int = 6,
     max_epochs: int = 2,
+    whole_batch_loss: bool = False,
 ) -> Run:
     """A strategy of runs: full windows, short ones, batches of one example.
 
@@ -111,6 +115,7 @@ def runs(
         max_micro_batch: The largest `Run.micro_batch`; the least is 1.
         max_steps: The largest `Run.steps`; the least is 2.
         max_epochs: The largest `Run.epochs`; the least is 1.
+        whole_batch_loss: The `Run.whole_batch_loss` of all.
     """
     return Run(
         examples=draw(st.integers(1, max_examples)),
@@ -118,6 +123,7 @@ def runs(
         steps=draw(st.integers(2, max_steps)),
         epochs=draw(st.integers(1, max_epochs)),
         cut=draw(st.booleans()),
+        whole_batch_loss=whole_batch_loss,
     )
 
 

@@ -68,6 +68,14 @@ def with_masks(tensors: Any, masks: Sequence[Any]) -> Any:
     return tensors
 
 
+def with_logits(tensors: Any, logits: Sequence[Any]) -> Any:
+    """Nested tensors that have these logits, as `Backend.logits_of` says."""
+    for leaf, each in zip(keras.tree.flatten(tensors), logits):
+        if each is not None:
+            leaf._keras_logits = each
+    return tensors
+
+
 def common_length(lengths: set[int | None], shapes: Any) -> int:
     """The one length that all arrays of a batch have.
 

@@ -111,6 +111,28 @@ class Backend(abc.ABC):
     ) -> list[Any]:
         """The gradients of what `loss` returns, a tensor or `None` each."""
 
+    #: Whether variables that a step changes are those of a scope.
+    is_stateless = False
+
+    @abc.abstractmethod
+    def gradients_through(
+        self,
+        function: Callable[[Sequence[Any]], tuple[Any, Any]],
+        variables: Sequence[Any],
+        tensors: Sequence[Any],
+    ) -> tuple[Any, list[Any], list[Any]]:
+        """The gradients of what a function of tensors returns.
+
+        Args:
+            function: It returns a scalar, and nested tensors beside.
+            variables: Variables that it uses, perhaps.
+            tensors: What it is called with.
+
+        Returns:
+            What it returned beside; the gradients with respect to `variables`,
+            and with respect to `tensors`, a tensor or `None` each.
+        """
+
     def dense(self, gradient: Any) -> Any:
         """A gradient as a tensor: repeated rows of a sparse one add up."""
         return gradient
@@ -285,6 +307,13 @@ class Backend(abc.ABC):
             sizes: How many examples each of them has, for each replica.
             model: What trains on them.
         """
+
+    def logits_of(self, tensor: Any) -> Any:
+        """The logits that Keras's losses use instead of an output, or `None`.
+
+        Its activations leave them in an attribute.
+        """
+        return None
 
     def joined(self, parts: Sequence[Any]) -> Any:
         """What was cut, in one piece again, while a step of a replica runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Step(Protocol):
         sums: What the open window holds.
         assigned: The variables that it was heard to assign, by their `id`.
         differences: What it does else than the large batch.
+        whole: Its passes, where the loss is that of the whole batch.
         version: What `update` depends on, if it is compiled.
     """
 
@@ -45,6 +47,7 @@ class Step(Protocol):
     sums: Any
     assigned: dict[int, Any]
     differences: Any
+    whole: Any
 
     @property
     def skipped(self) -> int: ...
@@ -143,6 +146,30 @@ class Runner(abc.ABC):
         with keras.StatelessScope(values, collect_losses=True):
             return function(data)
 
+    @abc.abstractmethod
+    def passed(self, name: str, data: Any) -> Any:
+        """What a pass of `Step.whole` returns.
+
+        Args:
+            name: Which one: "hear", "finish" or "push".
+            data: What it gets.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> Any:
+        """What variables hold that passes assign, but for metrics."""
+
+    @abc.abstractmethod
+    def return_to(self, state: Any) -> None:
+        """Makes them hold what `state` returned."""
+
+    def forget_states(self) -> None:
+        """Says that no `state` is wanted any more."""
+
+    def with_state(self) -> AbstractContextManager[None]:
+        """A context in which passes can run: between train functions, too."""
+        return contextlib.nullcontext()
+
     def update(self) -> int:
         """Makes an update of what was added, without another micro-batch.
 
@@ -219,8 +246,9 @@ class AssigningRunner(Runner):
         # A `tf.function` is traced by itself, and cannot be overheard.
         step_of_model = getattr(step_of_model, "python_function", step_of_model)
         self._train_step = step_of_model
-        # What variables held that an attempt may assign.
+        # What variables held that an attempt, or a pass, may assign.
         self._before: dict[int, Any] | None = None
+        self._states: list[dict[int, Any]] = []
 
     def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
         (batches,) = arguments
@@ -247,12 +275,37 @@ class AssigningRunner(Runner):
             data, lambda data: (self._train_step(data), {}), self._hear
         )
 
+    def state(self) -> dict[int, Any]:
+        metrics = {id(v) for v in self.model.metrics_variables}
+        state = {
+            key: self.copied(variable)
+            for key, variable in self._step.assigned.items()
+            if key not in metrics
+        }
+        self._states.append(state)
+        return state
+
+    def return_to(self, state: dict[int, Any]) -> None:
+        for key, value in state.items():
+            self.put_back(self._step.assigned[key], value)
+
     def _hear(self, variable: Any) -> None:
         if self._before is not None:
             # In a trace: none of this batch's steps has assigned it yet.
             self._before[id(variable)] = self._backend.outside_of_traces(
                 functools.partial(self.copied, variable)
             )
+        metrics = self.model.metrics_variables
+        if self._states and not any(variable is each for each in metrics):
+            # Until now it held what it holds.
+            value = self._backend.outside_of_traces(
+                functools.partial(self.copied, variable)
+            )
+            for state in self._states:
+                state[id(variable)] = value
+
+    def forget_states(self) -> None:
+        self._states = []
 
     @abc.abstractmethod
     def copied(self, variable: Any) -> Any:

@@ -94,6 +94,24 @@ class TorchBackend(Backend):
             )
         )
 
+    @torch.enable_grad()
+    def gradients_through(
+        self,
+        function: Callable[[Sequence[Any]], tuple[Any, Any]],
+        variables: Sequence[Any],
+        tensors: Sequence[Any],
+    ) -> tuple[Any, list[Any], list[Any]]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        value, beside = function(leaves)
+        sources = [variable.value for variable in variables]
+        found: Sequence[Any] = [None] * (len(sources) + len(leaves))
+        if value.requires_grad and found:
+            found = torch.autograd.grad(
+                value, [*sources, *leaves], allow_unused=True
+            )
+        beside = keras.tree.map_structure(_detached, beside)
+        return beside, list(found[: len(sources)]), list(found[len(sources) :])
+
     def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         # The next `backward` adds to them in place.
         return [g if g is None else g.clone() for g in gradients]
@@ -155,6 +173,14 @@ class TorchBackend(Backend):
         return device if device != "cpu" else "CPU (not run on a GPU)"
 
 
+def _is_on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
     zeros = keras.ops.zeros(tuple(shape), dtype)
     if beside is not None:
@@ -170,25 +196,30 @@ class TorchRunner(AssigningRunner):
     _has_looked = False
 
     def _add(self, data: Any) -> Any:
-        if self._has_looked:
+        with self._looking():
             return super()._add(data)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Notes what of modules of PyTorch the first micro-batch moves."""
+        if self._has_looked:
+            yield
+            return
         self._has_looked = True
         buffers = self._buffers()
         values = {name: each.clone() for name, each in buffers.items()}
-        logs = super()._add(data)
+        yield
         self._step.differences.note_moved(
             name
             for name, before in values.items()
             if not torch.equal(buffers[name], before)
         )
-        return logs
 
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         buffers = self._buffers()
         before = {name: each.clone() for name, each in buffers.items()}
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-        devices = [torch.cuda.current_device()] if on_gpu else []
+        devices = [torch.cuda.current_device()] if _is_on_gpu() else []
         # Neither what modules of PyTorch keep nor its random numbers move.
         with torch.random.fork_rng(devices):
             try:
@@ -209,6 +240,32 @@ class TorchRunner(AssigningRunner):
         # They hold memory.
         self.model.zero_grad()
         super().restore()
+
+    def passed(self, name: str, data: Any) -> Any:
+        run = getattr(self._step.whole, name)
+        with self._step.overheard(), self._looking():
+            if name != "hear":
+                return run(data, self._hear)
+            with torch.no_grad():
+                return run(data, self._hear)
+
+    def state(self) -> Any:
+        buffers = {name: each.clone() for name, each in self._buffers().items()}
+        # Modules of PyTorch draw random numbers by its own generators.
+        generators = [torch.random.get_rng_state()]
+        if _is_on_gpu():
+            generators.append(torch.cuda.get_rng_state())
+        return super().state(), buffers, generators
+
+    @torch.no_grad()
+    def return_to(self, state: Any) -> None:
+        variables, buffers, generators = state
+        super().return_to(variables)
+        for name, buffer in self._buffers().items():
+            buffer.copy_(buffers[name])
+        torch.random.set_rng_state(generators[0])
+        if len(generators) > 1:
+            torch.cuda.set_rng_state(generators[1])
 
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
         logs, ran, updates = None, 0, 0

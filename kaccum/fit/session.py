@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
@@ -20,6 +21,7 @@ from kaccum.fit.micro_batches import (
 )
 from kaccum.fit.plan import warn_of_uncut
 from kaccum.fit.validation import Validation
+from kaccum.fit.whole_window import WholeWindow
 from kaccum.fit.window import Window
 from kaccum.patches import Patch
 from kaccum.step.hearing import on_metrics
@@ -41,6 +43,9 @@ class Session:
         self._runners: dict[Any, Any] = {}
         self._validations: dict[Any, Validation] = {}
         self._runner: Any = None
+        self._whole: WholeWindow | None = None
+        # Those of the last window that closed in this epoch.
+        self._logs: Any = {}
         self._begin(Window(1), is_for_fit=True)
         self._get_plain_metrics = model.get_metrics_result
         self._make_plain = model.make_train_function
@@ -139,6 +144,9 @@ class Session:
         self._window.steps = steps
         self._step.expect(steps)
         self._window.reset()
+        if self._whole is not None:
+            self._whole.forget()
+            self._logs = {}
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
 
@@ -151,9 +159,17 @@ class Session:
 
     def close_window(self) -> None:
         """Updates from a short window, if one is open."""
-        if self._window.is_open:
-            self._window.reset()
+        if not self._window.is_open:
+            return
+        self._window.reset()
+        if self._whole is None:
             self._update()
+            return
+        with self._recovering(), self._runner.with_state():
+            self._whole.close()
+            self._report(self._runner.update())
+        # `fit` shows them, if no window of the epoch was closed before.
+        self._logs.update(self._get_plain_metrics())
 
     def warn_of_proportions(self) -> None:
         """Warns of losses that one weight was not right for."""
@@ -227,6 +243,7 @@ class Session:
             made = backend().runner(self._model, step)
             self._runners[options.key] = (made, step)
         self._runner, self._step = self._runners[options.key]
+        self._whole = WholeWindow(self._runner) if self._step.whole else None
         self._runner.start()
 
     def _keep(self) -> None:
@@ -247,6 +264,8 @@ class Session:
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         is_plain = is_plain_fit(self._model, self._window.steps)
         is_plain = is_plain and not self._step.skips
+        if self._whole is not None and not is_plain:
+            return self._run_whole(iterator, closes, self._whole)
         if not is_plain and not self._step.trials.are_over:
             pulled, iterator = self._runner.pulled(iterator, len(closes))
             self._measure(pulled)
@@ -257,6 +276,25 @@ class Session:
         self._report(ran.updates)
         return ran.logs
 
+    def _run_whole(
+        self, iterator: Any, closes: list[bool], window: WholeWindow
+    ) -> Any:
+        """Hears the next micro-batches; the logs are of windows that closed."""
+        ran = 0
+        for is_last, batch in zip(closes, iterator):
+            if not self._step.trials.are_over:
+                self._measure([batch])
+            window.add(batch)
+            ran += 1
+            if is_last:
+                self._logs = window.close()
+                self._report(self._runner.update())
+        if ran == 0:
+            raise StopIteration
+        self._window.advance(ran)
+        self._step.differences.tell_of_moved()
+        return self._logs
+
     def _run_batches(
         self, iterator: Any, count: int, size: MicroBatchSize
     ) -> Any:
@@ -266,7 +304,8 @@ class Session:
             if not self._step.trials.are_over:
                 self._measure([batch])
             self._warn_of_uncut(batch, size)
-            logs = in_parts(batch, size, self._runner, self._add_parts)
+            add = functools.partial(self._add_parts, batch)
+            logs = in_parts(batch, size, self._runner, add)
             self._update()
         if logs is None:
             raise StopIteration
@@ -290,8 +329,17 @@ class Session:
             is_late=self._updates > 0,
         )
 
-    def _add_parts(self, micro_batches: Iterator[Any], count: int) -> Any:
+    def _add_parts(
+        self, batch: Any, micro_batches: Iterator[Any], count: int
+    ) -> Any:
         self._step.expect(count)
+        if self._whole is not None:
+            self._whole.forget()
+            for micro_batch in micro_batches:
+                self._whole.add(micro_batch)
+            if count > 1:
+                self._step.differences.tell_of_moved()
+            return self._whole.close(batch)
         # Until the update, which comes afterwards, no weight changes.
         closes = [False] * count
         ran = self._runner.run(micro_batches, closes, is_plain=False)

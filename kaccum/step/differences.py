@@ -87,8 +87,8 @@ class Differences:
                 "weights under `mean_with_sample_weight`) must do so in the "
                 "same proportion in all micro-batches of a window to be "
                 "exactly their large batch. Received: proportions that differ "
-                f'by up to {disproportion:.1%}. With `reduction="sum"` and '
-                "`loss_weights` the run is exact.",
+                f"by up to {disproportion:.1%}. With `whole_batch_loss=True` "
+                "the run is exact.",
             )
 
     def tell_of_added_sum(self) -> None:

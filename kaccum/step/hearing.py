@@ -76,17 +76,21 @@ def on_stateless_apply(
 ) -> Any:
     """The same in steps of JAX: `LossScaleOptimizer` has one of its own."""
     optimizer = recording.step.optimizer
-
-    def apply(gradients: Any, variables: Any) -> None:
-        groups = (variables_of(optimizer), optimizer.variables)
-        trainable, others = ([v.value for v in group] for group in groups)
-        new = original(others, gradients, trainable)
-        for group, values in zip(groups, new):
-            for variable, value in zip(group, values):
-                variable.assign(value)
-
+    apply = functools.partial(stateless_apply, optimizer, original)
     _hear_gradients(recording, apply, list(grads), None)
     return trainable_variables, optimizer_variables
+
+
+def stateless_apply(
+    optimizer: Any, original: Call, gradients: Any, variables: Any
+) -> None:
+    """An update by the `stateless_apply` of an optimizer, `original`."""
+    groups = (variables_of(optimizer), optimizer.variables)
+    trainable, others = ([v.value for v in group] for group in groups)
+    new = original(others, gradients, trainable)
+    for group, values in zip(groups, new):
+        for variable, value in zip(group, values):
+            variable.assign(value)
 
 
 def _hear_gradients(

@@ -248,7 +248,7 @@ def _message(what: str, numbers: Numbers) -> str:
         "A loss must be a mean or a sum over examples for micro-batches to be "
         f"exactly their large batch. Received: {what}, which is {whole:.6g} of "
         f"some examples, and {first:.6g} and {second:.6g} of their halves. "
-        "If it divides by something of its own, pass `weight`, a function that "
-        "computes that; if it compares examples with each other, this run is "
-        "not that of the large batch."
+        "This run is not that of the large batch. With "
+        "`whole_batch_loss=True` it is; or, if the loss divides by something "
+        "of its own, with `weight`, a function that computes that."
     )

@@ -8,6 +8,7 @@ which were computed in parts.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import keras
 from keras import ops
 
 from kaccum.backends import backend
-from kaccum.backends.arrays import masks_of, with_masks
+from kaccum.backends.arrays import masks_of, with_logits, with_masks
 from kaccum.step import weights
 from kaccum.step.hearing import OF_CALLS, on_assign
 from kaccum.step.recording import thread
@@ -27,12 +28,14 @@ class Call(NamedTuple):
     Args:
         outputs: Nested tensors.
         masks: Keras's masks of them, in a list, `None` for one without.
+        logits: As of `Backend.logits_of`, in a list, too.
         terms: What the layer added to the loss, but for regularizers.
         examples: How many the step was given, a float or a float32 scalar.
     """
 
     outputs: Any
     masks: list[Any]
+    logits: list[Any]
     terms: list[Any]
     examples: Any
 
@@ -110,14 +113,14 @@ class Heard(Outputs):
 
     def call(self, layer: keras.Layer, run: Callable[[], Any]) -> Any:
         outputs = self._inside(run)
-        self._note(outputs, _added(layer, layer.losses))
+        self._note(outputs, added_by(layer, layer.losses))
         return outputs
 
     def call_stateless(
         self, layer: keras.Layer, run: Callable[[], Any], state: Sequence[Any]
     ) -> Any:
         outputs, others, losses = self._inside(run)
-        self._note(outputs, _added(layer, losses))
+        self._note(outputs, added_by(layer, losses))
         return outputs, others, losses
 
     def hears(self, handler: Callable[..., Any]) -> bool:
@@ -125,8 +128,7 @@ class Heard(Outputs):
         return is_assigned or super().hears(handler)
 
     def _note(self, outputs: Any, terms: list[Any]) -> None:
-        call = Call(outputs, masks_of(outputs), terms, self._examples)
-        self.calls.append(call)
+        self.calls.append(call_of(outputs, terms, self._examples))
 
 
 class Given(Outputs):
@@ -154,10 +156,7 @@ class Given(Outputs):
         parts = next(self._calls, ())
         if None in parts or not parts:
             return self._inside(run)
-        layer._clear_losses()
-        for term in self._terms(layer, parts):
-            # A functional model refuses to be told by its own (Keras 3.15).
-            keras.layers.Layer.add_loss(layer, term)
+        have_added(layer, self._terms(layer, parts))
         return self._outputs(parts)
 
     def call_stateless(
@@ -176,34 +175,65 @@ class Given(Outputs):
         return self._outputs(parts), others, self._terms(layer, parts) + once
 
     def _outputs(self, parts: Sequence[Call]) -> Any:
-        outputs = self._join([part.outputs for part in parts])
         masks = self._join([part.masks for part in parts])
-        return with_masks(outputs, masks)
+        outputs = self._join([part.outputs for part in parts])
+        logits = self._join([part.logits for part in parts])
+        return with_logits(with_masks(outputs, masks), logits)
 
     def _terms(self, layer: keras.Layer, parts: Sequence[Call]) -> list[Any]:
-        sizes = [ops.cast(part.examples, "float32") for part in parts]
-        terms = zip(*(part.terms for part in parts))
-        return [
-            self._term(layer, i, values, sizes)
-            for i, values in enumerate(terms)
-        ]
+        is_sum = functools.partial(self._is_sum, layer)
+        return joined_terms(parts, is_sum, self._join)
 
-    def _term(
-        self,
-        layer: keras.Layer,
-        place: int,
-        values: Sequence[Any],
-        sizes: list[Any],
-    ) -> Any:
+
+def call_of(outputs: Any, terms: list[Any], examples: Any) -> Call:
+    """A call that returned `outputs`."""
+    logits = [backend().logits_of(leaf) for leaf in keras.tree.flatten(outputs)]
+    return Call(outputs, masks_of(outputs), logits, terms, examples)
+
+
+def added_by(layer: keras.Layer, losses: list[Any]) -> list[Any]:
+    """The terms that a layer added to the loss, but for regularizers.
+
+    Args:
+        layer: The layer.
+        losses: Its `losses`.
+    """
+    return losses[: len(losses) - len(_regularized(layer))]
+
+
+def have_added(layer: keras.Layer, terms: list[Any]) -> None:
+    """Makes a layer have added these terms, and no others."""
+    layer._clear_losses()
+    for term in terms:
+        # A functional model refuses to be told by its own (Keras 3.15).
+        keras.layers.Layer.add_loss(layer, term)
+
+
+def joined_terms(
+    parts: Sequence[Call],
+    is_sum: Callable[[int], bool],
+    join: Callable[[Sequence[Any]], Any],
+) -> list[Any]:
+    """The terms that a layer would have added for all parts together.
+
+    Args:
+        parts: Its calls.
+        is_sum: Function of the place of a term: whether it is a sum over
+            examples, no mean.
+        join: Function of the parts of a batch that returns it.
+    """
+    sizes = [ops.cast(part.examples, "float32") for part in parts]
+
+    def joined(place: int, values: Sequence[Any]) -> Any:
         if len(values[0].shape) > 0:
             # Keras sums its elements.
-            return self._join(values)
+            return join(values)
         # A replica may have no examples in a part.
         values = [
             ops.where(ops.greater(size, 0), value, ops.zeros_like(value))
             for value, size in zip(values, sizes)
         ]
-        if self._is_sum(layer, place):
+        if is_sum(place):
             return sum(values)
         total = sum(
             ops.cast(value, "float32") * size
@@ -211,11 +241,10 @@ class Given(Outputs):
         )
         return ops.cast(total / sum(sizes), values[0].dtype)
 
+    rows = zip(*(part.terms for part in parts))
+    return [joined(place, values) for place, values in enumerate(rows)]
+
 
 def _regularized(layer: keras.Layer) -> list[Any]:
     weights = layer.trainable_weights
     return [weight for weight in weights if weight.regularizer is not None]
-
-
-def _added(layer: keras.Layer, losses: list[Any]) -> list[Any]:
-    return losses[: len(losses) - len(_regularized(layer))]

@@ -21,6 +21,7 @@ from kaccum.step.kinds import MEAN, SUM, Kinds
 from kaccum.step.recording import Recording
 from kaccum.step.trial import Trials
 from kaccum.step.weights import SUMS, Reduction
+from kaccum.step.whole_batch import WholeBatch
 from kaccum.sums.moments import warn_about
 from kaccum.sums.open_window import Sums
 
@@ -34,17 +35,19 @@ class Options(NamedTuple):
         weight: "sum", for a loss that is one; or a function of `(x, y,
             sample_weight)` that returns the denominator of a micro-batch's
             loss. With `None` it is heard.
+        whole_batch_loss: Whether the loss is that of the whole window.
     """
 
     skip_nonfinite: bool = False
     weight: Any = None
+    whole_batch_loss: bool = False
 
     @property
-    def key(self) -> tuple[bool, Any]:
+    def key(self) -> tuple[Any, ...]:
         """What tells apart two steps of a model."""
         is_function = callable(self.weight)
         weight = id(self.weight) if is_function else self.weight
-        return self.skip_nonfinite, weight
+        return self.skip_nonfinite, weight, self.whole_batch_loss
 
 
 class TrainingStep:
@@ -74,6 +77,8 @@ class TrainingStep:
         #: What kinds of numbers the losses are, and what tries them.
         self.kinds = Kinds(self.differences.tell)
         self.trials = Trials(self)
+        #: Its passes, where the loss is that of the whole window.
+        self.whole = WholeBatch(self) if options.whole_batch_loss else None
         self.sums = Sums(self.optimizer)
         self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
@@ -88,7 +93,7 @@ class TrainingStep:
 
     def expect(self, micro_batches: int) -> None:
         """Says how many micro-batches a window is meant to have."""
-        if self.is_scaling:
+        if self.is_scaling and self.whole is None:
             self.sums.set_parts_of_loss(micro_batches)
 
     @property

@@ -143,7 +143,7 @@ def measure(
         step.kinds.obstacle = f"{type(error).__name__}: {error}"
         return True
     # A single example beside itself shows what it is, if it is either.
-    warns = not is_single
+    warns = not is_single and step.whole is None
     return step.kinds.learn(losses, numbers, warns=warns)
 
 

@@ -132,6 +132,41 @@ class JaxBackend(Backend):
 
         return list(_grad(loss_at)(before))
 
+    is_stateless = True
+
+    def gradients_through(
+        self,
+        function: Callable[[Sequence[Any]], tuple[Any, Any]],
+        variables: Sequence[Any],
+        tensors: Sequence[Any],
+    ) -> tuple[Any, list[Any], list[Any]]:
+        scope = keras.src.backend.get_stateless_scope()
+        before = dict(scope.state_mapping)
+
+        def inside(values: list[Any], tensors: list[Any]) -> Any:
+            for variable, value in zip(variables, values):
+                scope.add_update((variable, value))
+            given = dict(scope.state_mapping)
+            try:
+                value, beside = function(tensors)
+                # What it assigned leaves the gradient as auxiliary output.
+                assigned = {
+                    key: now
+                    for key, now in scope.state_mapping.items()
+                    if now is not given.get(key)
+                }
+            finally:
+                scope.state_mapping.clear()
+                scope.state_mapping.update(before)
+            return value, (beside, assigned)
+
+        values = [scope.get_current_value(variable) for variable in variables]
+        (_, (beside, assigned)), found = _value_and_grad(
+            inside, (0, 1), has_aux=True
+        )(values, list(tensors))
+        scope.state_mapping.update(assigned)
+        return beside, list(found[0]), list(found[1])
+
     def is_eager(self) -> bool:
         return bool(get_opaque_trace_state() == _NO_TRACE)
 

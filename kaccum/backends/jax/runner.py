@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class JaxRunner(Runner):
         # what it was called with, but for the sums.
         self._add = self._compiled(self._traced_add, donated=[1])
         self._update = self._compiled(self._traced_update, donated=[0, 1])
+        self._passes: dict[str, Any] = {}
 
     def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
         state, iterator = arguments
@@ -123,26 +125,53 @@ class JaxRunner(Runner):
     def _run_add(self, data: Any) -> Any:
         if self._is_compiled and not self._has_found:
             self._has_found = True
-            self._find_sums(data)
+            self._find_sums(self._traced_add, data)
         logs, non_trainable, metrics = self._call(self._add, self._state, data)
         self._state = self._state._replace(
             non_trainable=non_trainable, metrics=metrics
         )
         return logs
 
-    def _run_update(self) -> None:
+    @contextlib.contextmanager
+    def with_state(self) -> Iterator[None]:
         if self._state is not None:
-            self._update_state()
+            yield
             return
         # Between two calls of the train function the variables have the state.
         self.model.jax_state_sync()
         self._state = self._held_by_variables()
         try:
-            self._update_state()
+            yield
             for variable, value in _pairs(self._variables, self._state):
                 variable.assign(value)
         finally:
             self._state = None
+
+    def passed(self, name: str, data: Any) -> Any:
+        if name not in self._passes:
+            run = getattr(self._step.whole, name)
+            traced = functools.partial(self._traced_pass, run)
+            self._passes[name] = self._compiled(traced, donated=[1])
+            if self._is_compiled:
+                self._find_sums(traced, data)
+        result, non_trainable, metrics = self._call(
+            self._passes[name], self._state, data
+        )
+        self._state = self._state._replace(
+            non_trainable=non_trainable, metrics=metrics
+        )
+        return result
+
+    def state(self) -> list[Any]:
+        state: list[Any] = self._state.non_trainable
+        return state
+
+    def return_to(self, state: list[Any]) -> None:
+        self._state = self._state._replace(non_trainable=state)
+
+    def _run_update(self) -> None:
+        with self.with_state():
+            self._update_state()
 
     def _update_state(self) -> None:
         trainable, non_trainable, optimizer, metrics = self._state
@@ -182,6 +211,16 @@ class JaxRunner(Runner):
             _, non_trainable, _, metrics = self._placed(new)
             return (logs, non_trainable, metrics), self._held()
 
+    def _traced_pass(
+        self, run: Callable[..., Any], state: State, held: list[Any], data: Any
+    ) -> Any:
+        scope = _scope(self._variables, state, collect_losses=True)
+        with self._holding(held), scope, self._step.overheard():
+            result = run(data, lambda variable: None)
+            new = _state_in(scope, self._variables)
+            _, non_trainable, _, metrics = self._placed(new)
+            return (result, non_trainable, metrics), self._held()
+
     def _traced_update(
         self, changing: Any, held: list[Any], others: Any
     ) -> Any:
@@ -194,8 +233,8 @@ class JaxRunner(Runner):
             self._step.empty()
             return self._placed(_state_in(scope, variables)), self._held()
 
-    def _find_sums(self, data: Any) -> None:
-        """Finds the sums that a step on such data has, before it is compiled.
+    def _find_sums(self, traced: Callable[..., Any], data: Any) -> None:
+        """Finds the sums that what is traced has, before it is compiled.
 
         JAX would keep a trace that raises for good (0.10).
         """
@@ -203,7 +242,7 @@ class JaxRunner(Runner):
         held = [total.value for total in self._sums]
         try:
             jax.eval_shape(
-                lambda *arguments: self._traced_add(*arguments),
+                lambda *arguments: traced(*arguments),
                 self._state,
                 held,
                 data,

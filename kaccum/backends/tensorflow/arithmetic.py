@@ -97,6 +97,22 @@ class Arithmetic(Replicas):
 
             yield gradients_of
 
+    def gradients_through(
+        self,
+        function: Callable[[Sequence[Any]], tuple[Any, Any]],
+        variables: Sequence[Any],
+        tensors: Sequence[Any],
+    ) -> tuple[Any, list[Any], list[Any]]:
+        tensors = list(tensors)
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value, beside = function(tensors)
+        sources = [_resource(variable) for variable in variables]
+        found = tape.gradient(value, [*sources, *tensors])
+        of_tensors = found[len(sources) :]
+        dense = [g if g is None else self.dense(g) for g in of_tensors]
+        return beside, list(found[: len(sources)]), dense
+
     def dense(self, gradient: Any) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
 

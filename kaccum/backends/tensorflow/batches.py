@@ -44,11 +44,22 @@ class Batches(Replicas):
     def of_one_replica(self, batch: Any) -> Any:
         return _of_each_replica(batch)[0]
 
+    def logits_of(self, tensor: Any) -> Any:
+        # (Keras 3.0 to 3.15.)
+        return getattr(tensor, "_keras_logits", None)
+
     def may_be_empty(self, data: Any) -> bool:
         if self.replicas() == 1:
             return False
         arrays = (leaf for leaf in keras.tree.flatten(data) if _is_array(leaf))
         return not any(_length(array) for array in arrays)
+
+
+def without_optionals(data: Any) -> Any:
+    """Data of a step: Keras stands an `Optional` for `None` in a data set."""
+    return keras.tree.map_structure(
+        lambda leaf: leaf if _is_array(leaf) else None, data
+    )
 
 
 def _of_each_replica(batch: Any) -> list[Any]:

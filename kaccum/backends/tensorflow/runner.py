@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from kaccum.backends.base import Backend
 from kaccum.backends.runner import AssigningRunner, Ran, Step
+from kaccum.backends.tensorflow.batches import without_optionals
 from kaccum.backends.tensorflow.calls import (
     CompiledCall,
     is_dataset,
@@ -92,6 +93,33 @@ class TensorFlowRunner(AssigningRunner):
         if ran == 0:
             raise StopIteration
         return Ran(logs, ran, updates)
+
+    def passed(self, name: str, data: Any) -> Any:
+        if name not in self._calls:
+
+            def run(data: Any) -> Any:
+                return getattr(self._step.whole, name)(data, self._hear)
+
+            self._calls[name] = self._distributed(run, name)
+        with self._step.overheard():
+            return self._calls[name](data)
+
+    def _distributed(
+        self, run: Callable[[Any], Any], name: str
+    ) -> Callable[[Any], Any]:
+        model = self.model
+
+        def call(data: Any) -> Any:
+            compiled = run
+            if model.jit_compile and not model.run_eagerly:
+                compiled = tf.function(run, autograph=False, jit_compile=True)
+            data = without_optionals(data)
+            return model.distribute_strategy.run(compiled, args=(data,))
+
+        if model.run_eagerly:
+            return call
+        # Keras's losses and metrics do not know how large a batch is.
+        return CompiledCall(call, knows_sizes=name != "finish")
 
     def _run_one(self, source: Any, is_plain: bool, closes: bool) -> Any:
         """The logs of a step on a batch, or on the next one."""

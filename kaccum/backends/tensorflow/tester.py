@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from kaccum.backends.runner import AssigningRunner
+from kaccum.backends.tensorflow.batches import without_optionals
 from kaccum.backends.tensorflow.calls import CompiledCall
 from kaccum.backends.tester import AssigningTester, TestOfParts
 
@@ -52,13 +53,7 @@ class TensorFlowTester(AssigningTester):
 
         if self.model.jit_compile and not self.model.run_eagerly:
             hear = tf.function(hear, autograph=False, jit_compile=True)
-        # Keras stands an `Optional` for `None`.
-        data = keras.tree.map_structure(
-            lambda leaf: (
-                None if isinstance(leaf, tf.experimental.Optional) else leaf
-            ),
-            data,
-        )
+        data = without_optionals(data)
         return self.model.distribute_strategy.run(hear, args=(data,))
 
     def _compiled(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
