@@ -318,9 +318,10 @@ def test_the_warning_names_the_loss_and_the_numbers():
     with pytest.warns(
         UserWarning,
         match=r"Received: 'contrastive', which is [\d.]+ of some examples, and "
-        r"[\d.]+ and [\d.]+ of their halves. If it divides by something of "
-        "its own, pass `weight`, a function that computes that; if it compares "
-        "examples with each other, this run is not that of the large batch.",
+        r"[\d.]+ and [\d.]+ of their halves\. This run is not that of the "
+        r"large batch\. With `whole_batch_loss=True` it is; or, if the loss "
+        r"divides by something of its own, with `weight`, a function that "
+        r"computes that\.$",
     ):
         weights_and_loss(WARNED["contrastive"], 4, steps=4)
 

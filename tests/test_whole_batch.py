@@ -599,8 +599,8 @@ def test_ragged_outputs():
         (
             ValueError,
             {"whole_batch_loss": True, "weight": "sum"},
-            "`weight` must not be given with `whole_batch_loss=True`, where the "
-            "loss is computed of the whole batch and micro-batches have no "
+            "`weight` must not be given with `whole_batch_loss=True`, where "
+            "the loss is computed of the whole batch and micro-batches have no "
             "weight. Received: weight='sum' (str).",
         ),
         (
@@ -630,9 +630,9 @@ def test_a_step_of_ones_own_is_refused():
     model.compile("sgd", "mse")
     with pytest.raises(
         ValueError,
-        match=r"^`whole_batch_loss` must be used with Keras's own `train_step`: "
-        r"one of your own cannot be taken apart into outputs and loss\. "
-        r"Received: a Own with a `train_step`\. Move what it does into "
+        match=r"^`whole_batch_loss` must be used with Keras's own "
+        r"`train_step`: one of your own cannot be taken apart into outputs and "
+        r"loss\. Received: a Own with a `train_step`\. Move what it does into "
         r"`compute_loss`, which is called for the whole batch\.$",
     ):
         fit(model, (X, TARGETS), "steps")

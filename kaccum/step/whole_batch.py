@@ -12,6 +12,7 @@ arXiv:2101.06983). Knows no framework.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ class WholeBatch:
         self._add(of_weights)
 
     def _pass(self, data: Any, tell_assigned: Tell) -> _Pass:
-        return _Pass(self._step, data, tell_assigned, None)
+        return _Pass(self._step, data, tell_assigned, contextlib.nullcontext)
 
     def _call(self, data: Any) -> Call:
         model = self._model
