@@ -8,7 +8,9 @@ from keras import layers, ops
 from kaccum import GradientAccumulationCallback, accumulate
 from tests.backends import (
     BACKEND,
+    EXECUTIONS,
     compile_options,
+    needs_graphs,
     only_on,
     own_step,
     tf,
@@ -110,6 +112,26 @@ def test_statistics_of_a_wrapped_module_are_told():
     with pytest.warns(UserWarning, match="running_mean") as record:
         fit(model_of(wrapped))
     assert len(told(record, MOVED)) == 1
+
+
+@needs_graphs
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_variables_of_tensorflow_are_told(execution):
+    """They are none of Keras's."""
+
+    class Counts(layers.Layer):
+        def __init__(self):
+            super().__init__(name="counts")
+            self.seen = tf.Variable(0.0)
+            self.still = tf.Variable(1.0)
+
+        def call(self, inputs):
+            self.seen.assign_add(1.0)
+            return inputs * self.still
+
+    model = model_of(Counts(), **compile_options(execution))
+    with pytest.warns(UserWarning, match="'counts/seen', assigned once a"):
+        fit(model)
 
 
 @not_on_jax

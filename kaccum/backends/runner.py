@@ -6,7 +6,7 @@ import abc
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -249,6 +249,7 @@ class AssigningRunner(Runner):
         # What variables held that an attempt, or a pass, may assign.
         self._before: dict[int, Any] | None = None
         self._states: list[dict[int, Any]] = []
+        self._has_looked = False
 
     def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
         (batches,) = arguments
@@ -275,7 +276,30 @@ class AssigningRunner(Runner):
             data, lambda data: (self._train_step(data), {}), self._hear
         )
 
-    def state(self) -> dict[int, Any]:
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Notes what else the first micro-batch moves."""
+        if self._has_looked:
+            yield
+            return
+        self._has_looked = True
+        before = self.others()
+        yield
+        now = self.others()
+        self._step.differences.note_moved(
+            name
+            for name, value in before.items()
+            if not bool(keras.ops.all(keras.ops.equal(now[name], value)))
+        )
+
+    def others(self) -> dict[str, Any]:
+        """Copies of what layers keep that no variable of Keras is."""
+        return {}
+
+    def put_others_back(self, values: dict[str, Any]) -> None:
+        """Makes layers hold what `others` returned."""
+
+    def state(self) -> Any:
         metrics = {id(v) for v in self.model.metrics_variables}
         state = {
             key: self.copied(variable)
@@ -283,11 +307,13 @@ class AssigningRunner(Runner):
             if key not in metrics
         }
         self._states.append(state)
-        return state
+        return state, self.others()
 
-    def return_to(self, state: dict[int, Any]) -> None:
-        for key, value in state.items():
+    def return_to(self, state: Any) -> None:
+        variables, others = state
+        for key, value in variables.items():
             self.put_back(self._step.assigned[key], value)
+        self.put_others_back(others)
 
     def _hear(self, variable: Any) -> None:
         if self._before is not None:

@@ -192,41 +192,28 @@ def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
 class TorchRunner(AssigningRunner):
     """Runs a training step eagerly."""
 
-    # Whether it was seen what a step changes that no variable of Keras is.
-    _has_looked = False
-
     def _add(self, data: Any) -> Any:
         with self._looking():
             return super()._add(data)
 
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Notes what of modules of PyTorch the first micro-batch moves."""
-        if self._has_looked:
-            yield
-            return
-        self._has_looked = True
-        buffers = self._buffers()
-        values = {name: each.clone() for name, each in buffers.items()}
-        yield
-        self._step.differences.note_moved(
-            name
-            for name, before in values.items()
-            if not torch.equal(buffers[name], before)
-        )
-
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
-        buffers = self._buffers()
-        before = {name: each.clone() for name, each in buffers.items()}
+        before = self.others()
         devices = [torch.cuda.current_device()] if _is_on_gpu() else []
         # Neither what modules of PyTorch keep nor its random numbers move.
         with torch.random.fork_rng(devices):
             try:
                 return super().look(function, data)
             finally:
-                for name, buffer in buffers.items():
-                    buffer.copy_(before[name])
+                self.put_others_back(before)
+
+    def others(self) -> dict[str, torch.Tensor]:
+        return {name: each.clone() for name, each in self._buffers().items()}
+
+    @torch.no_grad()
+    def put_others_back(self, values: dict[str, torch.Tensor]) -> None:
+        for name, buffer in self._buffers().items():
+            buffer.copy_(values[name])
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         """What modules of PyTorch keep: no variables of Keras."""
@@ -250,19 +237,16 @@ class TorchRunner(AssigningRunner):
                 return run(data, self._hear)
 
     def state(self) -> Any:
-        buffers = {name: each.clone() for name, each in self._buffers().items()}
         # Modules of PyTorch draw random numbers by its own generators.
         generators = [torch.random.get_rng_state()]
         if _is_on_gpu():
             generators.append(torch.cuda.get_rng_state())
-        return super().state(), buffers, generators
+        return super().state(), generators
 
     @torch.no_grad()
     def return_to(self, state: Any) -> None:
-        variables, buffers, generators = state
-        super().return_to(variables)
-        for name, buffer in self._buffers().items():
-            buffer.copy_(buffers[name])
+        others, generators = state
+        super().return_to(others)
         torch.random.set_rng_state(generators[0])
         if len(generators) > 1:
             torch.cuda.set_rng_state(generators[1])

@@ -154,6 +154,8 @@ class Session:
         """Leaves the model as if it had never been taken over."""
         for patch in reversed(self._all_patches):
             patch.remove()
+        if self._whole is not None:
+            self._whole.forget()
         if self._runner is not None:
             self._runner.stop()
 

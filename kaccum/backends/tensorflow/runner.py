@@ -63,6 +63,32 @@ class TensorFlowRunner(AssigningRunner):
         return pulled, given
 
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
+        if is_plain:
+            return self._run(batches, closes, is_plain)
+        with self._looking():
+            return self._run(batches, closes, is_plain)
+
+    def others(self) -> dict[str, tf.Tensor]:
+        return {
+            name: tf.identity(local_values(variable)[0])
+            for name, variable in self._unknown_variables()
+        }
+
+    def put_others_back(self, values: dict[str, tf.Tensor]) -> None:
+        for name, variable in self._unknown_variables():
+            for part in local_values(variable):
+                part.assign(values[name])
+
+    def _unknown_variables(self) -> list[tuple[str, tf.Variable]]:
+        """Variables of TensorFlow's that layers keep: none of Keras."""
+        return [
+            (f"{layer.name}/{name}", value)
+            for layer in self.model._flatten_layers()
+            for name, value in vars(layer).items()
+            if isinstance(value, tf.Variable)
+        ]
+
+    def _run(self, batches: Any, closes: list[bool], is_plain: bool) -> Ran:
         if is_plain and len(closes) == 1:
             return Ran(self._plain(batches), 1, 1)
         # Under a strategy TensorFlow loses an operand of such loops (2.21).
@@ -101,7 +127,7 @@ class TensorFlowRunner(AssigningRunner):
                 return getattr(self._step.whole, name)(data, self._hear)
 
             self._calls[name] = self._distributed(run, name)
-        with self._step.overheard():
+        with self._step.overheard(), self._looking():
             return self._calls[name](data)
 
     def _distributed(
