@@ -69,6 +69,17 @@ def is_called_in_fit(model: keras.Model) -> bool:
     return any(_is_method(frame, "fit", model) for frame in asking())
 
 
+def is_in_callback(model: keras.Model) -> bool:
+    """Whether a callback of the `fit` of `model` asks, which may go on."""
+    kind = keras.callbacks.CallbackList
+    for frame in asking():
+        if _is_method(frame, "fit", model):
+            return False
+        if isinstance(frame.f_locals.get("self"), kind):
+            return True
+    return False
+
+
 def variable_of_fit(model: keras.Model, name: str) -> Any:
     """A local variable of Keras's `fit` that runs, `None` if it has none."""
     for frame in asking():

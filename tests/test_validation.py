@@ -434,6 +434,70 @@ def test_a_random_test_step_is_not_cut():
         np.testing.assert_allclose(value, history[f"val_{key}"][-1], rtol=1e-4)
 
 
+class OwnLoss(keras.Model):
+    """Calls layers in its loss."""
+
+    kind = "examples"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = keras.layers.Dense(1)
+        self.head.build((None, 3))
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        if self.kind == "examples":
+            return ops.max(self.head(y_pred))
+        if self.kind == "coupled":
+            return ops.max(self.head(y_pred - ops.mean(y_pred, axis=0)))
+        if self.kind == "a table":
+            # As many rows as a micro-batch.
+            return ops.max(self.head(ops.ones((4, 3)))) + ops.max(y_pred)
+        return -ops.sum(ops.top_k(y_pred[:, 0], 5)[0])
+
+
+@pytest.mark.filterwarnings("ignore:A loss")
+@pytest.mark.parametrize("kind", ["examples", "coupled", "a table", "many"])
+def test_layers_that_a_loss_calls(kind, recwarn):
+    """Of examples, of whole batches, of none, and of more than there are."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = OwnLoss(inputs, keras.layers.Dense(3)(inputs))
+    model.kind = kind
+    model.compile("sgd")
+    data = (X[:20], Y[:20])
+    # (Trained on whole batches, for the loss is none of micro-batches.)
+    callback = GradientAccumulationCallback(
+        micro_batch_size=4, whole_batch_loss=True
+    )
+    history = model.fit(
+        *data,
+        batch_size=20,
+        verbose=0,
+        callbacks=[callback],
+        validation_data=data,
+        validation_batch_size=20,
+    ).history
+    assert_alike({"loss": history["val_loss"][-1]}, evaluated(model, data))
+    is_told = [w for w in recwarn if "`test_step`" in str(w.message)]
+    assert bool(is_told) == (kind in ("coupled", "many"))
+
+
+def test_a_callback_may_catch_an_error():
+    """What it evaluates; the fit goes on as before."""
+
+    class Evaluates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            with pytest.raises(Exception, match="."):
+                self.model.evaluate(np.ones((4, 9)), verbose=0)
+
+    model = classifier(run_eagerly=True)
+    callback = GradientAccumulationCallback(micro_batch_size=4)
+    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[callback, Evaluates()])
+    assert callback.updates == 3
+
+
 # Memory that runs out.
 
 

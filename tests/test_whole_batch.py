@@ -110,7 +110,11 @@ class OwnLoss(keras.Model):
             [keras.Input((6,)), keras.layers.Dense(3, "tanh")]
         )
         self.centres = self.add_weight(shape=(3, 3), name="centres")
+        self.have_more()
         self.build((None, 6))
+
+    def have_more(self):
+        """Makes more layers."""
 
     def build(self, shape):
         self.built = True
@@ -582,6 +586,66 @@ def test_ragged_outputs():
         log = model.fit(batches, verbose=0, callbacks=callbacks).history
         results.append(result_of(model, log))
     assert_same(Problem(steps=STEPS), *results)
+
+
+class Headed(OwnLoss):
+    """Moves a centre, and statistics of a layer, in its loss: once a window."""
+
+    def have_more(self):
+        self.normalize = keras.layers.BatchNormalization()
+        self.normalize.build((None, 3))
+        self.centre = self.add_weight(shape=(3,), trainable=False, name="its")
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        away = self.normalize(y_pred, training=training) - self.centre
+        mean = ops.mean(y_pred, axis=0)
+        self.centre.assign(0.9 * self.centre + 0.1 * ops.stop_gradient(mean))
+        return ops.mean(away**4) + ops.sum(ops.std(y_pred, axis=0))
+
+
+@pytest.mark.parametrize("execution", [EXECUTIONS[0], EXECUTIONS[-1]])
+def test_what_a_loss_moves_it_moves_once_a_window(execution, recwarn):
+    """As with the large batch."""
+    results = [
+        fit(compiled(Headed, None, **compile_options(execution)), (X, Y), way)
+        for way in (5, None)
+    ]
+    assert_same(Problem(steps=STEPS), *results)
+    assert not [w for w in recwarn if "micro-batch" in str(w.message)]
+
+
+def test_a_metric_of_a_layer_counts_once():
+    """The second forward pass moves none."""
+
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.total = keras.metrics.Sum(name="total")
+
+        def call(self, inputs):
+            self.total.update_state(ops.ones((3,)))
+            return inputs
+
+    if BACKEND == "jax":
+        pytest.skip("Keras keeps no metric of a layer's call there")
+    model = compiled(lambda: mlp(layers=[Counts()]), "mse", run_eagerly=True)
+    result = fit(model, (X[:16], TARGETS[:16]), 4, epochs=1)
+    assert result.history["total"] == [12.0]
+
+
+@needs_sparse
+def test_random_numbers_that_cannot_be_drawn_again_are_told():
+    """Those of TensorFlow, that no seed of Keras is of."""
+
+    class Noise(keras.layers.Layer):
+        def call(self, inputs):
+            return inputs + tf.random.normal(tf.shape(inputs))
+
+    model = compiled(lambda: mlp(layers=[Noise()]), "mse", run_eagerly=True)
+    with pytest.warns(UserWarning, match="^Layers must compute the same out"):
+        fit(model, (X, TARGETS), 4, epochs=1)
 
 
 # What is refused.

@@ -231,7 +231,8 @@ class Session:
         except self._runner.end_of_data:
             raise
         except BaseException:
-            self.give_back()
+            if not callers.is_in_callback(self._model):
+                self.give_back()
             raise
 
     def _use_runner(self, options: Options) -> None:

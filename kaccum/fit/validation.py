@@ -11,7 +11,7 @@ import keras
 from kaccum.backends import Runner, Tester, backend
 from kaccum.fit.micro_batches import MicroBatchSize, in_parts, out_of_memory
 from kaccum.fit.plan import advice_for_validation
-from kaccum.step.test_step import TestStep, joinable
+from kaccum.step.test_step import TestStep
 from kaccum.step.training_step import TrainingStep
 
 
@@ -55,10 +55,14 @@ class Validation:
     def _run_batch(self, batch: Any, size: MicroBatchSize) -> Any:
         if not self._can_be_cut(batch, size):
             return self._run_whole(batch, [])
-        heard = _Heard(self._tester, batch)
+        heard = _Heard(self._tester, self._test, batch)
         try:
             logs = in_parts(batch, size, self._tester, heard.run_in)
         except Exception as error:
+            if out_of_memory(error, None) is None and heard.is_cut:
+                # A loss may need more examples: what it was is not needed.
+                self._test.leave_whole(error)
+                return self._run_whole(batch, [])
             if not size.is_auto:
                 self._advise(error, batch)
             raise
@@ -97,11 +101,13 @@ class _Heard:
 
     Args:
         tester: What runs them.
+        test: The test step.
         batch: The batch.
     """
 
-    def __init__(self, tester: Tester, batch: Any) -> None:
+    def __init__(self, tester: Tester, test: TestStep, batch: Any) -> None:
         self._tester = tester
+        self._test = test
         self._batch = batch
         self.is_cut = False
         self.parts: list[Any] = []
@@ -115,5 +121,5 @@ class _Heard:
         for micro_batch in micro_batches:
             sizes.append(backend().examples_in(micro_batch))
             heard.append(self._tester.hear(micro_batch))
-        self.parts = joinable(heard, sizes)
+        self.parts = self._test.joinable(heard, sizes)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import keras
@@ -34,6 +35,7 @@ class WholeWindow:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._parts: list[_Part] = []
+        self._is_checked = False
 
     def add(self, batch: Any) -> None:
         """Hears a micro-batch.
@@ -57,17 +59,34 @@ class WholeWindow:
         """
         runner, parts = self._runner, self._parts
         batches = [part.batch for part in parts] if batch is None else [batch]
-        after = runner.state()
         logs, gradients = runner.passed(
             "finish", (batches, [part.heard for part in parts])
         )
+        # A loss may have moved state of its own.
+        after = runner.state()
+        differences = []
         for part, of_part in zip(parts, gradients):
             # With the random numbers of before.
             runner.return_to(part.before)
-            runner.passed("push", (part.batch, of_part))
+            pushed = (part.batch, of_part, part.heard)
+            differences.append(runner.passed("push", pushed))
         runner.return_to(after)
         self.forget()
+        if not self._is_checked:
+            self._is_checked = True
+            self._check_again(differences)
         return logs
+
+    def _check_again(self, differences: list[Any]) -> None:
+        """Warns of outputs that were others the second time."""
+        if any(float(each) > 1e-2 for each in differences):
+            warnings.warn(
+                "Layers must compute the same outputs again for "
+                "`whole_batch_loss`: their random numbers must be those of "
+                "`keras.random` with a `SeedGenerator`. Received: outputs that "
+                "differ, so that this run is not that of the large batch.",
+                stacklevel=2,
+            )
 
     def forget(self) -> None:
         """Starts an empty window."""

@@ -332,7 +332,7 @@ def on_assign(
     recording: Recording, original: Call, variable: Any, value: Any
 ) -> Any:
     """What a step assigns, unless an update does that."""
-    if recording.drops_assigned:
+    if recording.drops(variable):
         return value
     if id(variable) in recording.still:
         recording.still.remove(id(variable))

@@ -175,7 +175,8 @@ class Kinds:
             ]
         for kind, term, taken in zip(kinds, terms, self.added):
             if warns and term is not None and kind not in (None, taken):
-                self._tell("term", _message("a term of `add_loss`", term))
+                what = "a term of `add_loss`"
+                self._tell("term", _message(what, term, is_term=True))
         return [kind is not None for kind in kinds]
 
     def _warn(self, key: int) -> None:
@@ -242,13 +243,15 @@ def _share(total: Numbers, terms: float) -> float:
     return round(share) if abs(share - round(share)) < 1e-3 else share
 
 
-def _message(what: str, numbers: Numbers) -> str:
+def _message(what: str, numbers: Numbers, *, is_term: bool = False) -> str:
+    cure = "With `whole_batch_loss=True` it is; or"
+    if is_term:
+        cure = "Compute it in `compute_loss`, with `whole_batch_loss=True`; or"
     whole, _, first, second, *_ = numbers.values
     return (
         "A loss must be a mean or a sum over examples for micro-batches to be "
         f"exactly their large batch. Received: {what}, which is {whole:.6g} of "
         f"some examples, and {first:.6g} and {second:.6g} of their halves. "
-        "This run is not that of the large batch. With "
-        "`whole_batch_loss=True` it is; or, if the loss divides by something "
-        "of its own, with `weight`, a function that computes that."
+        f"This run is not that of the large batch. {cure}, if the loss divides "
+        "by something of its own, with `weight`, a function that computes that."
     )

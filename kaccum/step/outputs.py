@@ -103,9 +103,6 @@ class Heard(Outputs):
         data: What the step gets.
     """
 
-    #: What the step assigns, but for its layers, is not.
-    drops_assigned = True
-
     def __init__(self, data: Any) -> None:
         super().__init__()
         self.calls: list[Call] = []
@@ -126,6 +123,10 @@ class Heard(Outputs):
     def hears(self, handler: Callable[..., Any]) -> bool:
         is_assigned = handler is on_assign and not self.is_inside
         return is_assigned or super().hears(handler)
+
+    def drops(self, variable: Any) -> bool:
+        """What the step assigns itself, and no layer, is dropped."""
+        return True
 
     def _note(self, outputs: Any, terms: list[Any]) -> None:
         self.calls.append(call_of(outputs, terms, self._examples))

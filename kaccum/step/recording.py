@@ -58,9 +58,6 @@ class Recording:
             the model.
     """
 
-    #: Whether what the step assigns is not.
-    drops_assigned = False
-
     def __init__(
         self,
         step: TrainingStep,
@@ -132,6 +129,10 @@ class Recording:
     def hears(self, handler: Callable[..., Any]) -> bool:
         """Whether it is to be told what a handler is called for: of all."""
         return True
+
+    def drops(self, variable: Any) -> bool:
+        """Whether the step assigns to a variable in vain."""
+        return False
 
     def reduced(self, value: Any) -> None:
         """Is told what number a loss of `compile` is."""

@@ -18,6 +18,7 @@ from kaccum.backends import backend
 from kaccum.backends.arrays import joined
 from kaccum.patches import patched
 from kaccum.step import hooks
+from kaccum.step.kinds import MEAN, SUM
 from kaccum.step.outputs import Call, Given, Heard
 
 if TYPE_CHECKING:
@@ -53,7 +54,13 @@ class TestStep:
         self._hooks = hooks.of_test_steps()
         step = getattr(model.test_step, "__func__", None)
         # Whether its batches may be cut; `None` if that is to be tried.
-        self._can_be_cut = True if step is keras.Model.test_step else None
+        is_keras = step is keras.Model.test_step and all(
+            getattr(type(model), name) is getattr(keras.Model, name)
+            for name in ("compute_loss", "compute_metrics")
+        )
+        self._can_be_cut = True if is_keras else None
+        # The calls that are not of examples, by their order.
+        self._alone: set[int] = set()
 
     @contextlib.contextmanager
     def overheard(self) -> Iterator[None]:
@@ -116,7 +123,6 @@ class TestStep:
         return self._can_be_cut
 
     def _try_on(self, batch: Any, look: Callable[..., Any]) -> bool:
-        reason = "that calls a layer on other numbers for the same examples"
         try:
             few = backend().first_of(batch, MOST, self.model)
             count = sum(backend().examples_in(few))
@@ -128,7 +134,18 @@ class TestStep:
                 return True
         except Exception as error:
             # What cannot be tried can still be run as it is.
-            reason = f"that cannot be tried ({type(error).__name__}: {error})"
+            self.leave_whole(error)
+            return False
+        self.leave_whole()
+        return False
+
+    def leave_whole(self, error: Exception | None = None) -> None:
+        """Says that batches cannot be cut, and why not."""
+        self._can_be_cut = False
+        reason = "that calls a layer on other numbers for the same examples"
+        if error is not None:
+            text = str(error).splitlines() or [""]
+            reason = f"that cannot be tried ({type(error).__name__}: {text[0]})"
         self._differences.tell(
             "test_step",
             "A `test_step` must call layers on the examples of its batch, and "
@@ -138,7 +155,6 @@ class TestStep:
             "is not cut. If it does not fit in memory, write a smaller "
             "`validation_batch_size`.",
         )
-        return False
 
     def _differing(self, test_step: TestFunction, batches: Any) -> list[Any]:
         """How much the arguments of layers differ: scalars."""
@@ -155,26 +171,48 @@ class TestStep:
             test_step(few)
         if any(len(h.arguments) != len(given.arguments) for h in heard):
             return [ops.convert_to_tensor(float("inf"))]
-        rows = zip(given.arguments, *(h.arguments for h in heard))
+        rows = list(zip(given.arguments, *(h.arguments for h in heard)))
+        self._alone = {
+            i for i, row in enumerate(rows) if len(set(map(_shapes, row))) == 1
+        }
         return [
             difference
             for whole, *others in rows
             for difference in _differences_of(whole, others)
         ]
 
+    def joinable(
+        self, heard: Sequence[Sequence[Call]], sizes: Sequence[list[int]]
+    ) -> list[list[Call | None]]:
+        """What `run` gets, of what was heard of parts of these sizes."""
+        return joinable(heard, sizes, self._alone)
+
     def _is_sum(self, layer: keras.Layer, place: int) -> bool:
         is_model = layer is self.model
-        return is_model and self._kinds.of_added(place) == "sum"
+        kind = self._kinds.of_added(place) if is_model else None
+        if kind not in (MEAN, SUM):
+            self._differences.tell(
+                "terms of validation",
+                "A term that a layer adds to the loss must be known to be a "
+                "mean or a sum over examples for validation to be cut exactly. "
+                f"Received: one of {layer.name!r} that is taken for a mean, as "
+                "activity regularizers are. If it is none, write "
+                "`validation_batch_size` as small as `micro_batch_size`.",
+            )
+        return kind == SUM
 
 
 def joinable(
-    parts: Sequence[Sequence[Call]], sizes: Sequence[list[int]]
+    parts: Sequence[Sequence[Call]],
+    sizes: Sequence[list[int]],
+    alone: set[int] = frozenset(),  # type: ignore[assignment]
 ) -> list[list[Call | None]]:
     """The calls of each micro-batch, `None` for those that are not of examples.
 
     Args:
         parts: What was heard of each.
         sizes: How many examples each has, for each replica.
+        alone: Others that are not, by their order.
     """
     rows = [
         [
@@ -183,7 +221,10 @@ def joinable(
         ]
         for calls in zip(*parts)
     ]
-    rows = [[None] * len(row) if None in row else row for row in rows]
+    rows = [
+        [None] * len(row) if None in row or i in alone else row
+        for i, row in enumerate(rows)
+    ]
     return [list(column) for column in zip(*rows)]
 
 
@@ -206,6 +247,10 @@ def _differences_of(whole: Any, parts: Sequence[Any]) -> list[Any]:
             largest = ops.max(ops.abs(mine)) + 1e-30
             found.append(ops.max(ops.abs(mine - other)) / largest)
     return found
+
+
+def _shapes(argument: Any) -> tuple[Any, ...]:
+    return tuple(tuple(tensor.shape) for tensor in _tensors(argument))
 
 
 def _tensors(argument: Any) -> list[Any]:

@@ -143,7 +143,7 @@ def measure(
         step.kinds.obstacle = f"{type(error).__name__}: {error}"
         return True
     # A single example beside itself shows what it is, if it is either.
-    warns = not is_single and step.whole is None
+    warns = not is_single
     return step.kinds.learn(losses, numbers, warns=warns)
 
 
@@ -174,6 +174,11 @@ def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
     model = step.model
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     is_own = type(model).compute_loss is not keras.Model.compute_loss
+    if step.whole is not None:
+        # Of the loss, only what layers add is of parts.
+        _outputs(model, x)
+        added = model.losses[: len(model.losses) - len(step.regularized)]
+        return Measured([], _tried_terms(step, x, added))
     # Once: layers may draw random numbers. Only an own one may use `x`.
     y_pred = _outputs(model, x)
     added = model.losses[: len(model.losses) - len(step.regularized)]

@@ -40,10 +40,29 @@ Tell = Callable[[Any], None]
 
 
 class _Pass(Recording):
-    """What is heard of a pass: what it assigns, and moments."""
+    """What is heard of a forward pass: what it assigns, and moments."""
 
     def hears(self, handler: Callable[..., Any]) -> bool:
         return handler in (on_assign, on_moments)
+
+
+class _Finish(Recording):
+    """What is heard of the loss: what it assigns, once a window."""
+
+    def hears(self, handler: Callable[..., Any]) -> bool:
+        return handler is on_assign
+
+    def note_assigned(self, variable: Any) -> None:
+        self.step.assigned[id(variable)] = variable
+        self._tell_assigned(variable)
+
+
+class _Push(_Pass):
+    """What is heard of the second forward pass, which moves no metric."""
+
+    def drops(self, variable: Any) -> bool:
+        metrics = self.step.model.metrics_variables
+        return any(variable is metric for metric in metrics)
 
 
 class WholeBatch:
@@ -57,6 +76,8 @@ class WholeBatch:
         self._step = step
         self._model = step.model
         self._backend = step.backend
+        # What layers assign: once a micro-batch.
+        self._moved: dict[int, Any] = {}
 
     def hear(self, data: Any, tell_assigned: Tell) -> Call:
         """Computes the outputs of a micro-batch.
@@ -67,12 +88,18 @@ class WholeBatch:
             data: The micro-batch, as a `train_step` gets it.
             tell_assigned: As of `TrainingStep.run`.
         """
-        heard = self._pass(data, tell_assigned)
+        before = set(self._step.assigned)
+        heard = self._pass(_Pass, data, tell_assigned)
         with heard.running():
             call = self._call(data)
         for moments in heard.moments:
             self._step.sums.moments(moments).add(moments, True)
-        self._step.differences.note_assigned(self._step.assigned, {})
+        self._moved.update(
+            (key, variable)
+            for key, variable in self._step.assigned.items()
+            if key not in before
+        )
+        self._step.differences.note_assigned(self._moved, {})
         return call
 
     def finish(
@@ -111,7 +138,7 @@ class WholeBatch:
             )
             return optimizer.scale_loss(loss), (loss, y_pred)
 
-        with self._pass(data, tell_assigned).running():
+        with self._pass(_Finish, data, tell_assigned).running():
             (loss, y_pred), of_weights, of_outputs = (
                 self._backend.gradients_through(
                     scaled_loss, model.trainable_variables, flat
@@ -131,18 +158,21 @@ class WholeBatch:
         return logs, [[next(found) for _ in each] for each in leaves]
 
     def push(
-        self, data_and_gradients: tuple[Any, list[Any]], tell_assigned: Tell
-    ) -> None:
+        self, pushed: tuple[Any, list[Any], Call], tell_assigned: Tell
+    ) -> Any:
         """Adds the gradients of a micro-batch to the sums.
 
         Args:
-            data_and_gradients: The micro-batch, and what `finish` returned for
-                it.
+            pushed: The micro-batch; what `finish` returned for it; and what was
+                heard of it.
             tell_assigned: As of `TrainingStep.run`.
-        """
-        data, gradients = data_and_gradients
 
-        heard = self._pass(data, tell_assigned)
+        Returns:
+            How far its outputs were from those that were heard, a scalar: a
+            part of their size.
+        """
+        data, gradients, call = pushed
+        heard = self._pass(_Push, data, tell_assigned)
 
         def product(_: Sequence[Any]) -> tuple[Any, Any]:
             with heard.traced_further():
@@ -156,16 +186,25 @@ class WholeBatch:
                 ops.sum(_float(leaf) * ops.stop_gradient(_float(gradient)))
                 for leaf, gradient in pairs
             ]
-            return sum(terms, ops.zeros(())), ()
+            again = [ops.stop_gradient(_float(leaf)) for leaf in leaves]
+            return sum(terms, ops.zeros(())), again
 
         with heard.running():
-            _, of_weights, _ = self._backend.gradients_through(
+            again, of_weights, _ = self._backend.gradients_through(
                 product, self._model.trainable_variables, []
             )
         self._add(of_weights)
+        off = size = ops.zeros(())
+        for one, other in zip(again, _floats_of(call)):
+            other = _float(other)
+            off = off + ops.cast(ops.sum(ops.abs(one - other)), "float32")
+            size = size + ops.cast(ops.sum(ops.abs(other)), "float32")
+        return off / (size + 1e-30)
 
-    def _pass(self, data: Any, tell_assigned: Tell) -> _Pass:
-        return _Pass(self._step, data, tell_assigned, contextlib.nullcontext)
+    def _pass(
+        self, kind: type[Recording], data: Any, tell_assigned: Tell
+    ) -> Recording:
+        return kind(self._step, data, tell_assigned, contextlib.nullcontext)
 
     def _call(self, data: Any) -> Call:
         model = self._model
