@@ -174,7 +174,7 @@ class TorchBackend(Backend):
 
 
 def _is_on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())
 
 
 def _detached(leaf: Any) -> Any:
