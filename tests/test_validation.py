@@ -453,7 +453,7 @@ class OwnLoss(keras.Model):
             return ops.max(self.head(y_pred - ops.mean(y_pred, axis=0)))
         if self.kind == "a table":
             # As many rows as a micro-batch.
-            return ops.max(self.head(ops.ones((4, 3)))) + ops.max(y_pred)
+            return ops.sum(self.head(ops.ones((4, 3)))) + ops.max(y_pred)
         return -ops.sum(ops.top_k(y_pred[:, 0], 5)[0])
 
 
@@ -484,6 +484,29 @@ def test_layers_that_a_loss_calls(kind, recwarn):
     assert bool(is_told) == (kind in ("coupled", "many"))
 
 
+def test_a_term_of_unknown_kind_is_told():
+    """What a layer adds is not measured beside an own `compute_loss`."""
+
+    class Own(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    added = Adds(lambda x: ops.sum(x**2))(inputs)
+    model = Own(inputs, keras.layers.Dense(1)(added), name="its")
+    model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.warns(
+        UserWarning,
+        match=r"^A term that a layer adds to the loss must be known to be a "
+        r"mean or a sum over examples for validation to be cut exactly\. "
+        r"Received: one of 'its' that is taken for a mean, as activity "
+        r"regularizers are\. If it is none, write `validation_batch_size` as "
+        r"small as `micro_batch_size`\.$",
+    ):
+        validated(model, (X, TARGET), epochs=1)
+
+
 def test_a_callback_may_catch_an_error():
     """What it evaluates; the fit goes on as before."""
 
@@ -510,10 +533,11 @@ class HungryInTests(Hungry):
         return super().call(inputs, training=None)
 
 
-def hungry_model(execution):
+def hungry_model(execution, *layers):
     keras.utils.set_random_seed(0)
     stack = [
         keras.Input((6,)),
+        *layers,
         HungryInTests(),
         keras.layers.Dense(3, "softmax"),
     ]
@@ -562,6 +586,30 @@ def test_auto_halves_in_validation_too(execution, capsys):
     Hungry.feed(4)
     model.fit(X, Y, 20, verbose=0, callbacks=[callback], validation_data=(X, Y))
     assert Hungry.failed == []
+
+
+class Counts(keras.layers.Layer):
+    """Counts how often it is tested."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="calls"
+        )
+
+    def call(self, inputs, training=None):
+        if training is False:
+            self.calls.assign(self.calls + 1.0)
+        return inputs
+
+
+@pytest.mark.parametrize("execution", NOT_UNDER_XLA)
+def test_a_failed_validation_leaves_nothing_behind(execution):
+    """State that a layer had moved before memory ran out is taken back."""
+    model = hungry_model(execution, Counts())
+    Hungry.feed(4)
+    validated(model, (X, Y), "auto", 20)
+    # In each epoch 20 examples as seven micro-batches, and the last three.
+    assert float(model.layers[0].calls.numpy()) == 2 * 8
 
 
 def test_advice_for_validation():

@@ -105,11 +105,16 @@ class Backend(abc.ABC):
 
     # Gradients.
 
-    @abc.abstractmethod
     def gradients_of(
         self, loss: Callable[[], Any], variables: Sequence[Any]
     ) -> list[Any]:
         """The gradients of what `loss` returns, a tensor or `None` each."""
+
+        def function(_: Sequence[Any]) -> tuple[Any, Any]:
+            return loss(), ()
+
+        _, found, _ = self.gradients_through(function, variables, [])
+        return [g if g is None else self.dense(g) for g in found]
 
     #: Whether variables that a step changes are those of a scope.
     is_stateless = False
@@ -149,14 +154,15 @@ class Backend(abc.ABC):
             for g in gradients
         ]
 
-    @contextlib.contextmanager
-    def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
+    @abc.abstractmethod
+    def differentiating_twice(
+        self,
+    ) -> AbstractContextManager[Callable[..., list[Any]]]:
         """A context of a step, in which a second gradient can be taken.
 
         Of another number than its loss, from the same forward pass. It is
         entered before that, with a function of `(loss, variables)`.
         """
-        yield lambda loss, variables: self.gradients_of(lambda: loss, variables)
 
     def difference(self, gradient: Any, other: Any) -> Any:
         """A gradient without another one, which may be `None`."""

@@ -276,13 +276,15 @@ class AssigningRunner(Runner):
             data, lambda data: (self._train_step(data), {}), self._hear
         )
 
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Notes what else the first micro-batch moves."""
+    def _looking(self) -> AbstractContextManager[None]:
+        """A context that notes what else the first micro-batch moves."""
         if self._has_looked:
-            yield
-            return
+            return contextlib.nullcontext()
         self._has_looked = True
+        return self._noting_others()
+
+    @contextlib.contextmanager
+    def _noting_others(self) -> Iterator[None]:
         before = self.others()
         yield
         now = self.others()
@@ -292,10 +294,11 @@ class AssigningRunner(Runner):
             if not bool(keras.ops.all(keras.ops.equal(now[name], value)))
         )
 
+    @abc.abstractmethod
     def others(self) -> dict[str, Any]:
         """Copies of what layers keep that no variable of Keras is."""
-        return {}
 
+    @abc.abstractmethod
     def put_others_back(self, values: dict[str, Any]) -> None:
         """Makes layers hold what `others` returned."""
 
@@ -316,19 +319,18 @@ class AssigningRunner(Runner):
         self.put_others_back(others)
 
     def _hear(self, variable: Any) -> None:
-        if self._before is not None:
-            # In a trace: none of this batch's steps has assigned it yet.
-            self._before[id(variable)] = self._backend.outside_of_traces(
-                functools.partial(self.copied, variable)
-            )
         metrics = self.model.metrics_variables
-        if self._states and not any(variable is each for each in metrics):
-            # Until now it held what it holds.
+        is_metric = any(variable is each for each in metrics)
+        holding = [] if is_metric else [*self._states]
+        if self._before is not None:
+            holding.append(self._before)
+        if holding:
+            # In a trace: until now it held what it holds.
             value = self._backend.outside_of_traces(
                 functools.partial(self.copied, variable)
             )
-            for state in self._states:
-                state[id(variable)] = value
+            for each in holding:
+                each[id(variable)] = value
 
     def forget_states(self) -> None:
         self._states = []

@@ -78,20 +78,11 @@ class TorchBackend(Backend):
         for total in sums:
             total.untyped_storage().resize_(0)
 
-    @torch.enable_grad()
-    def gradients_of(
-        self, loss: Callable[[], Any], variables: Sequence[Any]
-    ) -> list[Any]:
-        values = [variable.value for variable in variables]
-        total = loss()
-        if not total.requires_grad:
-            # What a layer adds of its inputs alone.
-            return [None] * len(values)
-        # A step goes on from the same forward pass.
-        return list(
-            torch.autograd.grad(
-                total, values, allow_unused=True, retain_graph=True
-            )
+    @contextlib.contextmanager
+    def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
+        # The step goes on from the same forward pass.
+        yield lambda loss, variables: _gradients(
+            loss, [variable.value for variable in variables], retain_graph=True
         )
 
     @torch.enable_grad()
@@ -104,13 +95,9 @@ class TorchBackend(Backend):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         value, beside = function(leaves)
         sources = [variable.value for variable in variables]
-        found: Sequence[Any] = [None] * (len(sources) + len(leaves))
-        if value.requires_grad and found:
-            found = torch.autograd.grad(
-                value, [*sources, *leaves], allow_unused=True
-            )
+        found = _gradients(value, [*sources, *leaves])
         beside = keras.tree.map_structure(_detached, beside)
-        return beside, list(found[: len(sources)]), list(found[len(sources) :])
+        return beside, found[: len(sources)], found[len(sources) :]
 
     def snapshot(self, gradients: Sequence[Any]) -> Sequence[Any]:
         # The next `backward` adds to them in place.
@@ -171,6 +158,15 @@ class TorchBackend(Backend):
     def device_name(self) -> str:
         device = str(keras.ops.zeros(()).device.type)
         return device if device != "cpu" else "CPU (not run on a GPU)"
+
+
+def _gradients(value: Any, sources: list[Any], **options: Any) -> list[Any]:
+    if not value.requires_grad or not sources:
+        # What a layer adds of its inputs alone, say.
+        return [None] * len(sources)
+    return list(
+        torch.autograd.grad(value, sources, allow_unused=True, **options)
+    )
 
 
 def _is_on_gpu() -> bool:

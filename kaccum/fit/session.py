@@ -144,9 +144,7 @@ class Session:
         self._window.steps = steps
         self._step.expect(steps)
         self._window.reset()
-        if self._whole is not None:
-            self._whole.forget()
-            self._logs = {}
+        self._logs = {}
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
 
@@ -246,7 +244,9 @@ class Session:
             made = backend().runner(self._model, step)
             self._runners[options.key] = (made, step)
         self._runner, self._step = self._runners[options.key]
-        self._whole = WholeWindow(self._runner) if self._step.whole else None
+        self._whole = None
+        if self._step.whole is not None:
+            self._whole = WholeWindow(self._runner, self._step.differences)
         self._runner.start()
 
     def _keep(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import keras
 
 from kaccum.backends import Runner, backend
+from kaccum.step.differences import Differences
 from kaccum.step.outputs import Call
 
 
@@ -30,10 +30,12 @@ class WholeWindow:
 
     Args:
         runner: What runs the passes of the model's step.
+        differences: What is told of that.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, differences: Differences) -> None:
         self._runner = runner
+        self._differences = differences
         self._parts: list[_Part] = []
         self._is_checked = False
 
@@ -73,20 +75,12 @@ class WholeWindow:
         runner.return_to(after)
         self.forget()
         if not self._is_checked:
+            # A number of the device: once.
             self._is_checked = True
-            self._check_again(differences)
-        return logs
-
-    def _check_again(self, differences: list[Any]) -> None:
-        """Warns of outputs that were others the second time."""
-        if any(float(each) > 1e-2 for each in differences):
-            warnings.warn(
-                "Layers must compute the same outputs again for "
-                "`whole_batch_loss`: their random numbers must be those of "
-                "`keras.random` with a `SeedGenerator`. Received: outputs that "
-                "differ, so that this run is not that of the large batch.",
-                stacklevel=2,
+            self._differences.tell_of_other_outputs(
+                max(map(float, differences))
             )
+        return logs
 
     def forget(self) -> None:
         """Starts an empty window."""

@@ -127,6 +127,22 @@ class Differences:
                 "if they are sums.",
             )
 
+    def tell_of_other_outputs(self, difference: float) -> None:
+        """Warns of outputs that were others the second time.
+
+        Args:
+            difference: By how much, at most: a part of their size.
+        """
+        if difference > 1e-2:
+            self.tell(
+                "outputs",
+                "Layers must compute the same outputs again for "
+                "`whole_batch_loss`: their random numbers must be those of "
+                "`keras.random` with a `SeedGenerator`. Received: outputs that "
+                f"differ by {difference:.1%} of their size, so that this run "
+                "is not that of the large batch.",
+            )
+
     def tell_of_applies(self, variables: Sequence[Sequence[Any]]) -> None:
         """Warns of several applies to the same weights, given those of each."""
         applied = [id(v) for each in variables for v in each]

@@ -7,9 +7,9 @@ which were computed in parts.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import keras
@@ -19,7 +19,7 @@ from kaccum.backends import backend
 from kaccum.backends.arrays import masks_of, with_logits, with_masks
 from kaccum.step import weights
 from kaccum.step.hearing import OF_CALLS, on_assign
-from kaccum.step.recording import thread
+from kaccum.step.recording import heard_by
 
 
 class Call(NamedTuple):
@@ -54,14 +54,9 @@ class Outputs:
         #: The arguments of each call.
         self.arguments: list[Any] = []
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """A context in which this thread's calls are heard."""
-        thread.recording = self
-        try:
-            yield
-        finally:
-            thread.recording = None
+        return heard_by(self)
 
     def hears(self, handler: Callable[..., Any]) -> bool:
         """Whether it is to be told what a handler is called for."""

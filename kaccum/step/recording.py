@@ -107,14 +107,9 @@ class Recording:
         # What sums held before their numbers were added.
         self._added: list[tuple[LogMean, list[Any]]] = []
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """A context in which this is the recording of this thread."""
-        thread.recording = self
-        try:
-            yield
-        finally:
-            thread.recording = None
+        return heard_by(self)
 
     @contextlib.contextmanager
     def traced_further(self) -> Iterator[None]:
@@ -315,3 +310,13 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
+
+
+@contextlib.contextmanager
+def heard_by(recording: Any) -> Iterator[None]:
+    """A context in which what this thread does is told to a recording."""
+    thread.recording = recording
+    try:
+        yield
+    finally:
+        thread.recording = None

@@ -8,7 +8,7 @@ that. Knows no framework.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -205,7 +205,7 @@ class TestStep:
 def joinable(
     parts: Sequence[Sequence[Call]],
     sizes: Sequence[list[int]],
-    alone: set[int] = frozenset(),  # type: ignore[assignment]
+    alone: Collection[int] = (),
 ) -> list[list[Call | None]]:
     """The calls of each micro-batch, `None` for those that are not of examples.
 

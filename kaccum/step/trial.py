@@ -12,7 +12,8 @@ from kaccum.backends.arrays import joined, masks_of, with_masks
 from kaccum.step import weights
 from kaccum.step.hearing import OF_LOSSES
 from kaccum.step.kinds import CERTAIN_OF_MODEL, Measured, Numbers
-from kaccum.step.recording import thread
+from kaccum.step.outputs import added_by
+from kaccum.step.recording import heard_by
 from kaccum.step.weights import Reduction
 
 if TYPE_CHECKING:
@@ -93,13 +94,10 @@ class Trial:
         # Keras changes weights and masks in place (PyTorch, 3.15).
         sample_weight = _copied(sample_weight)
         with_masks(y_pred, _copied(masks_of(y_pred)))
-        thread.recording = self
-        try:
+        with heard_by(self):
             total = self.step.model._compute_loss(
                 x, y, y_pred, sample_weight, training=True
             )
-        finally:
-            thread.recording = None
         self.total = ops.sum(total)
         return self
 
@@ -174,14 +172,12 @@ def _tried(step: TrainingStep, data: Any, losses: list[Any]) -> Measured:
     model = step.model
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     is_own = type(model).compute_loss is not keras.Model.compute_loss
-    if step.whole is not None:
-        # Of the loss, only what layers add is of parts.
-        _outputs(model, x)
-        added = model.losses[: len(model.losses) - len(step.regularized)]
-        return Measured([], _tried_terms(step, x, added))
     # Once: layers may draw random numbers. Only an own one may use `x`.
     y_pred = _outputs(model, x)
-    added = model.losses[: len(model.losses) - len(step.regularized)]
+    added = added_by(model, model.losses)
+    if step.whole is not None:
+        # Of the loss, only what layers add is of parts.
+        return Measured([], _tried_terms(step, x, added))
     terms = sum((ops.sum(term) for term in model.losses), 0.0)
     batch = (x if is_own else None, y, sample_weight, y_pred)
     batch, *parts = _cut(step, batch)

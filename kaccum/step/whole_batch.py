@@ -23,6 +23,7 @@ from keras import ops
 from kaccum.backends.arrays import with_logits, with_masks
 from kaccum.step import weights
 from kaccum.step.hearing import on_assign, on_moments, stateless_apply
+from kaccum.step.kinds import SUM
 from kaccum.step.outputs import (
     Call,
     added_by,
@@ -230,7 +231,7 @@ class WholeBatch:
         return self._step.sums.of_call(0, apply)
 
     def _is_sum(self, place: int) -> bool:
-        return self._step.kinds.of_added(place) == "sum"
+        return self._step.kinds.of_added(place) == SUM
 
 
 def _floats_of(call: Call) -> list[Any]:

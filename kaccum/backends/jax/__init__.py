@@ -115,23 +115,6 @@ class JaxBackend(Backend):
                 "one. Return the gradients from it."
             )
 
-    def gradients_of(
-        self, loss: Callable[[], Any], variables: Sequence[Any]
-    ) -> list[Any]:
-        before = [variable.value for variable in variables]
-
-        def loss_at(values: list[Any]) -> Any:
-            # In the scope of the step, which knows the other variables, too.
-            for variable, value in zip(variables, values):
-                variable.assign(value)
-            try:
-                return loss()
-            finally:
-                for variable, value in zip(variables, before):
-                    variable.assign(value)
-
-        return list(_grad(loss_at)(before))
-
     is_stateless = True
 
     def gradients_through(

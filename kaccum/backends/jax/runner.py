@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import keras
 
-from kaccum.backends.jax.sums import Sum, constrained, sharding_of
+from kaccum.backends.jax.sums import Sum, constrained, placed
 from kaccum.backends.runner import Ran, Runner, Step
 
 
@@ -300,14 +300,7 @@ class JaxRunner(Runner):
 
     def _placed(self, state: State) -> State:
         """What the variables hold at the end of a function."""
-        if keras.distribution.distribution() is None:
-            return state
-        return State(
-            *(
-                [constrained(x, sharding_of(v)) for v, x in zip(group, values)]
-                for group, values in zip(self._variables, state)
-            )
-        )
+        return State(*map(placed, self._variables, state))
 
     @property
     def _is_compiled(self) -> bool:

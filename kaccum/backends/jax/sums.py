@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,6 +54,13 @@ def constrained(value: Any, sharding: Any) -> Any:
     if sharding is None:
         return value
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def placed(variables: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Values of variables in a trace, which are to be where those are."""
+    if keras.distribution.distribution() is None:
+        return list(values)
+    return [constrained(x, sharding_of(v)) for v, x in zip(variables, values)]
 
 
 def _everywhere(axes: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import keras
 
-from kaccum.backends.jax.sums import constrained, sharding_of
+from kaccum.backends.jax.sums import placed
 from kaccum.backends.tester import Tester, TestOfParts
 
 # The values that Keras passes to a test step: of trainable variables, of
@@ -91,7 +91,7 @@ class JaxTester(Tester):
 
         with self._test.overheard():
             heard = self._test.hear(data, test_step)
-        return heard, self._placed(self.model.non_trainable_variables, others)
+        return heard, placed(self.model.non_trainable_variables, others)
 
     def _traced_run(self, state: State, data: Any, parts: list[Any]) -> Any:
         others: list[Any] = []
@@ -106,17 +106,9 @@ class JaxTester(Tester):
             logs = self._test.run(data, parts, test_step)
         return (
             logs,
-            self._placed(self.model.non_trainable_variables, others),
-            self._placed(self.model.metrics_variables, metrics),
+            placed(self.model.non_trainable_variables, others),
+            placed(self.model.metrics_variables, metrics),
         )
-
-    def _placed(self, variables: list[Any], values: list[Any]) -> list[Any]:
-        if keras.distribution.distribution() is None:
-            return values
-        return [
-            constrained(value, sharding_of(variable))
-            for variable, value in zip(variables, values)
-        ]
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.model.jit_compile or self.model.run_eagerly:

@@ -77,14 +77,6 @@ class Arithmetic(Replicas):
         for total in sums:
             _release(total)
 
-    def gradients_of(
-        self, loss: Callable[[], Any], variables: Sequence[Any]
-    ) -> list[Any]:
-        with tf.GradientTape() as tape:
-            value = loss()
-        gradients = tape.gradient(value, [_resource(v) for v in variables])
-        return [g if g is None else tf.convert_to_tensor(g) for g in gradients]
-
     @contextlib.contextmanager
     def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
         with tf.GradientTape() as tape:

@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+from kaccum.backends.tensorflow.batches import without_optionals
 
 _DATASETS = (tf.data.Iterator, tf.distribute.DistributedIterator)
 
@@ -84,6 +87,25 @@ class CompiledCall:
         if not self._knows_sizes:
             given = [_of_any_size(tensor) for tensor in tensors]
         return self._by_structure[key].get_concrete_function(given)
+
+
+def on_replicas(
+    model: keras.Model, function: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """A function of a batch that each replica runs on its part of it.
+
+    It is compiled by XLA where the model is.
+    """
+
+    def run(data: Any) -> Any:
+        compiled = function
+        if model.jit_compile and not model.run_eagerly:
+            compiled = tf.function(function, autograph=False, jit_compile=True)
+        # Keras stands an `Optional` for `None` in a data set.
+        data = without_optionals(data)
+        return model.distribute_strategy.run(compiled, args=(data,))
+
+    return run
 
 
 def _of_any_size(tensor: tf.Tensor | None) -> tf.TensorSpec | None:

@@ -11,11 +11,11 @@ import tensorflow as tf
 
 from kaccum.backends.base import Backend
 from kaccum.backends.runner import AssigningRunner, Ran, Step
-from kaccum.backends.tensorflow.batches import without_optionals
 from kaccum.backends.tensorflow.calls import (
     CompiledCall,
     is_dataset,
     iterator_like,
+    on_replicas,
 )
 from kaccum.backends.tensorflow.replicas import local_values
 
@@ -126,26 +126,13 @@ class TensorFlowRunner(AssigningRunner):
             def run(data: Any) -> Any:
                 return getattr(self._step.whole, name)(data, self._hear)
 
-            self._calls[name] = self._distributed(run, name)
+            call = on_replicas(self.model, run)
+            if not self.model.run_eagerly:
+                # Keras's losses and metrics do not know how large a batch is.
+                call = CompiledCall(call, knows_sizes=name != "finish")
+            self._calls[name] = call
         with self._step.overheard(), self._looking():
             return self._calls[name](data)
-
-    def _distributed(
-        self, run: Callable[[Any], Any], name: str
-    ) -> Callable[[Any], Any]:
-        model = self.model
-
-        def call(data: Any) -> Any:
-            compiled = run
-            if model.jit_compile and not model.run_eagerly:
-                compiled = tf.function(run, autograph=False, jit_compile=True)
-            data = without_optionals(data)
-            return model.distribute_strategy.run(compiled, args=(data,))
-
-        if model.run_eagerly:
-            return call
-        # Keras's losses and metrics do not know how large a batch is.
-        return CompiledCall(call, knows_sizes=name != "finish")
 
     def _run_one(self, source: Any, is_plain: bool, closes: bool) -> Any:
         """The logs of a step on a batch, or on the next one."""

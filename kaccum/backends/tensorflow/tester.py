@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from kaccum.backends.runner import AssigningRunner
-from kaccum.backends.tensorflow.batches import without_optionals
-from kaccum.backends.tensorflow.calls import CompiledCall
+from kaccum.backends.tensorflow.calls import CompiledCall, on_replicas
 from kaccum.backends.tester import AssigningTester, TestOfParts
 
 
@@ -21,7 +19,7 @@ class TensorFlowTester(AssigningTester):
         self, model: keras.Model, test: TestOfParts, runner: AssigningRunner
     ) -> None:
         super().__init__(model, test, runner)
-        self._hear = self._compiled(self._on_replicas)
+        self._hear = self._compiled(on_replicas(model, self._hear_on_replica))
         self._run = self._compiled(self._made(self._run_on_replica))
 
     def hear(self, data: Any) -> Any:
@@ -47,14 +45,8 @@ class TensorFlowTester(AssigningTester):
         data, parts = data_and_parts
         return self._test.run(data, parts, self._test_step)
 
-    def _on_replicas(self, data: Any) -> Any:
-        def hear(data: Any) -> Any:
-            return self._test.hear(data, self._test_step)
-
-        if self.model.jit_compile and not self.model.run_eagerly:
-            hear = tf.function(hear, autograph=False, jit_compile=True)
-        data = without_optionals(data)
-        return self.model.distribute_strategy.run(hear, args=(data,))
+    def _hear_on_replica(self, data: Any) -> Any:
+        return self._test.hear(data, self._test_step)
 
     def _compiled(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if self.model.run_eagerly:
