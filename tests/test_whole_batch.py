@@ -28,7 +28,7 @@ from tests.backends import (
     only_on,
     tf,
 )
-from tests.layers import Hungry, stateful
+from tests.layers import Hungry, Watched, stateful
 from tests.profiles import at_night, drawn
 from tests.reference import (
     Problem,
@@ -638,12 +638,9 @@ def test_a_metric_of_a_layer_counts_once():
 def test_random_numbers_that_cannot_be_drawn_again_are_told():
     """Those of no `SeedGenerator`, and of no generator of PyTorch."""
 
-    class Noise(keras.layers.Layer):
-        def call(self, inputs):
-            if isinstance(inputs, keras.KerasTensor):
-                return inputs
-            noise = np.random.normal(size=tuple(inputs.shape))
-            return inputs + ops.cast(noise, inputs.dtype)
+    class Noise(Watched):
+        def see(self, array):
+            return array + RNG.normal(size=array.shape).astype(array.dtype)
 
     model = compiled(lambda: mlp(layers=[Noise()]), "mse", run_eagerly=True)
     with pytest.warns(
