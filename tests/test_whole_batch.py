@@ -639,8 +639,9 @@ def test_random_numbers_that_cannot_be_drawn_again_are_told():
     """Those of no `SeedGenerator`, and of no generator of PyTorch."""
 
     class Noise(Watched):
-        def see(self, array):
-            return array + RNG.normal(size=array.shape).astype(array.dtype)
+        def call(self, inputs, training=None):
+            noise = RNG.normal(size=tuple(inputs.shape))
+            return inputs + ops.convert_to_tensor(noise, inputs.dtype)
 
     model = compiled(lambda: mlp(layers=[Noise()]), "mse", run_eagerly=True)
     with pytest.warns(
