@@ -192,11 +192,12 @@ def kind_of(numbers: Numbers) -> str | None:
         `None` where its values do not tell: it is random, or zero.
     """
     values = numbers.values
-    largest = max(map(abs, values))
+    # Of a part without pairs, say, some losses are 0 / 0.
+    largest = max((abs(v) for v in values if np.isfinite(v)), default=0.0)
     coarse = max(1.0, numbers.unit / 2.0**-23 / 10.0)
     rounding, certain = ROUNDING * largest * coarse, numbers.certain * largest
     is_random = abs(values[0] - values[1]) > rounding
-    if not np.isfinite(largest) or largest == 0.0 or is_random:
+    if not np.isfinite(values[0]) or largest == 0.0 or is_random:
         return None
     from_mean, from_sum = _distances(numbers)
     if from_mean <= rounding:
@@ -212,11 +213,16 @@ def kind_of(numbers: Numbers) -> str | None:
 
 
 def _distances(numbers: Numbers) -> tuple[float, float]:
-    """How far it is from a mean, and from a sum, of its parts."""
+    """How far it is from a mean, and from a sum, of its parts.
+
+    Of those that are finite: infinitely far, where none are.
+    """
     whole, _, *parts = numbers.values
-    from_mean = from_sum = 0.0
-    for i in range(0, len(parts), 2):
-        pair, of_pair = parts[i : i + 2], numbers.weights[i + 2 : i + 4]
+    pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+    finite = [i for i, pair in enumerate(pairs) if np.all(np.isfinite(pair))]
+    from_mean = from_sum = 0.0 if finite else np.inf
+    for i in finite:
+        pair, of_pair = pairs[i], numbers.weights[2 * i + 2 : 2 * i + 4]
         from_sum = max(from_sum, abs(sum(pair) - numbers.constant - whole))
         mean = np.inf
         if None not in of_pair:
