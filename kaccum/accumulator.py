@@ -35,12 +35,18 @@ class GradientAccumulator:
         optimizer: The `keras.optimizers.Optimizer` that makes the updates.
         apply: Function of `(gradients, variables)` that makes an update.
             Defaults to the optimizer's own `apply`.
+        process_group: On PyTorch, the `torch.distributed` processes that train
+            the model together, each on its part of the data, as
+            `torch.distributed.group.WORLD`. Each adds the gradients of its own
+            micro-batches, which `DistributedDataParallel.no_sync` leaves
+            alone, and `apply`, which all of them call, adds up the sums in
+            one all-reduce. `None` for this process by itself.
 
     Raises:
         TypeError: If `optimizer` is none of Keras's.
         ValueError: If it has `gradient_accumulation_steps` of its own.
         RuntimeError: If Keras runs on another backend than TensorFlow, JAX or
-            PyTorch.
+            PyTorch; if there is a `process_group` on another one than PyTorch.
 
     Example:
 
@@ -70,8 +76,10 @@ class GradientAccumulator:
         optimizer: keras.optimizers.Optimizer,
         *,
         apply: Callable[..., Any] | None = None,
+        process_group: Any = None,
     ) -> None:
         check_optimizer(optimizer)
+        self._meeting = backend().meeting(process_group)
         self.optimizer = optimizer
         self._sums = GradientSums(optimizer, apply or optimizer.apply)
         self._patches = whole_gradients(optimizer)
@@ -128,9 +136,8 @@ class GradientAccumulator:
                 checks nothing).
         """
         backend().check_add()
-        parts = backend().sum_over_replicas(self._sums.parts())
-        with patched(self._patches):
-            self._sums.close(parts)
+        with patched(self._patches), backend().together(self._meeting):
+            self._sums.close(backend().sum_over_replicas(self._sums.parts()))
         self.reset()
 
     def reset(self) -> None:

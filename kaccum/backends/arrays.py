@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras.src import backend as keras_backend
+from keras.src.backend.common import masking
 
 
 def examples_in(batch: Any) -> int:
@@ -57,14 +57,14 @@ def joined(batches: Sequence[Any]) -> Any:
 def masks_of(tensors: Any) -> list[Any]:
     """Keras's masks of nested tensors, `None` for one without."""
     leaves = keras.tree.flatten(tensors)
-    return [keras_backend.get_keras_mask(leaf) for leaf in leaves]
+    return [masking.get_keras_mask(leaf) for leaf in leaves]
 
 
 def with_masks(tensors: Any, masks: Sequence[Any]) -> Any:
     """Nested tensors that have these masks of Keras."""
     for leaf, mask in zip(keras.tree.flatten(tensors), masks):
         if mask is not None:
-            keras_backend.set_keras_mask(leaf, mask)
+            masking.set_keras_mask(leaf, mask)
     return tensors
 
 

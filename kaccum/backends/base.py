@@ -269,6 +269,41 @@ class Backend(abc.ABC):
         """
         return list(tensors)
 
+    def meeting(self, group: Any) -> Any:
+        """What `together` takes, of a group of processes, or of `None`.
+
+        Raises:
+            RuntimeError: Where no processes train together so.
+        """
+        if group is not None:
+            raise RuntimeError(
+                "`process_group` must be left out where Keras runs on "
+                f"{keras.backend.backend()}. Received: {group!r}."
+            )
+        return None
+
+    def together(self, meeting: Any) -> AbstractContextManager[None]:
+        """A context in which processes train together, each a replica."""
+        return contextlib.nullcontext()
+
+    def are_sums_aligned(self) -> bool:
+        """Whether replicas must have sums of the same variables.
+
+        Where each knows of its own gradients only.
+        """
+        return False
+
+    def check_alike(self, count: int, elements: int) -> None:
+        """Checks that each replica has as many sums, and as large ones.
+
+        Raises:
+            RuntimeError: On all of them, if not.
+        """
+
+    def shown(self, value: Any) -> Any:
+        """What of a number of one replica Keras shows as it is."""
+        return value
+
     def as_row(self, value: Any) -> Any:
         """A tensor with a row for each replica: this one's value, and zeros.
 

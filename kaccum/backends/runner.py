@@ -72,7 +72,9 @@ class Step(Protocol):
     ) -> AbstractContextManager[None]:
         """A context in which `train_step` is that of the model."""
 
-    def update(self) -> None:
+    def update(
+        self, *, may_be_empty: bool = False, is_first: bool = False
+    ) -> bool:
         """Makes the update of the open window. `empty` is to come next."""
 
     def empty(self) -> None:
@@ -181,12 +183,28 @@ class Runner(abc.ABC):
         self._run_update()
         return 1
 
+    def end_epoch(self, is_open: bool) -> int:
+        """Makes the update of a short window, if one is open.
+
+        Returns:
+            The number of updates.
+        """
+        return self.update() if is_open else 0
+
+    def summed(self, number: int) -> int:
+        """A number of this process, summed over all that train together."""
+        return number
+
     @abc.abstractmethod
     def _run_update(self) -> None:
         """Makes an update, and empties the sums."""
 
-    def start(self) -> None:
-        """Makes ready for training: all sums are empty."""
+    def start(self, *, is_for_fit: bool) -> None:
+        """Makes ready for training: all sums are empty.
+
+        Args:
+            is_for_fit: Whether `fit` trains, not `train_on_batch`.
+        """
         self._step.empty()
         self._step.count_skipped_from(0)
 

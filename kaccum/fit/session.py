@@ -47,7 +47,11 @@ class Session:
         # Those of the last window that closed in this epoch.
         self._logs: Any = {}
         self._begin(Window(1), is_for_fit=True)
-        self._get_plain_metrics = model.get_metrics_result
+        # As of its class, where that may be replaced while a step runs.
+        self._get_plain_metrics = vars(model).get(
+            "get_metrics_result",
+            lambda: type(model).get_metrics_result(model),
+        )
         self._make_plain = model.make_train_function
         # The first one notices the model's next use, so it comes first and
         # goes last: an interruption in between is noticed as well.
@@ -159,11 +163,13 @@ class Session:
 
     def close_window(self) -> None:
         """Updates from a short window, if one is open."""
-        if not self._window.is_open:
-            return
+        is_open = self._window.is_open
         self._window.reset()
         if self._whole is None:
-            self._update()
+            with self._recovering():
+                self._report(self._runner.end_epoch(is_open))
+            return
+        if not is_open:
             return
         with self._recovering(), self._runner.with_state():
             self._whole.close()
@@ -247,7 +253,7 @@ class Session:
         self._whole = None
         if self._step.whole is not None:
             self._whole = WholeWindow(self._runner, self._step.differences)
-        self._runner.start()
+        self._runner.start(is_for_fit=self._is_for_fit)
 
     def _keep(self) -> None:
         plain = self._model.train_function
@@ -395,7 +401,8 @@ class Session:
         self.warn_of_proportions()
         logs = self._get_plain_metrics()
         if self._step.skips:
-            logs = {**logs, SKIPPED: self._step.skipped}
+            skipped = self._runner.summed(self._step.skipped)
+            logs = {**logs, SKIPPED: skipped}
         return logs
 
     def _make_train_function(self, force: bool = False) -> Any:

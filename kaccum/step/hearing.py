@@ -24,6 +24,9 @@ from kaccum.sums.moments import LayerMoments
 
 Call = Callable[..., Any]
 
+#: The module of a class that adds up metrics over processes.
+TRAINER_OF_PROCESSES = "keras.src.backend.torch.trainer"
+
 
 def telling(heard: Call, also_inside: bool, original: Call) -> Call:
     """What stands in for a function of Keras, as of a row of `hooks.HOOKS`."""
@@ -398,6 +401,17 @@ def on_metrics(
     return metrics
 
 
+def on_metrics_of_processes(
+    recording: Recording, original: Call, model: Any
+) -> dict[str, Any]:
+    """The metrics of a model, which Keras adds up over processes."""
+    mro = type(model).__mro__
+    trainer: type = next(k for k in mro if k.__module__ == TRAINER_OF_PROCESSES)
+    above: Any = super(trainer, model)
+    found: dict[str, Any] = above.get_metrics_result()
+    return found
+
+
 def on_layer(
     outputs: Any, original: Call, layer: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -429,7 +443,7 @@ def on_stateless_layer(
 
 
 #: Of the handlers above, those that tell what a layer returns.
-OF_CALLS = (on_layer, on_stateless_layer)
+OF_CALLS = (on_layer, on_stateless_layer, on_metrics_of_processes)
 #: And those that tell what a loss is.
 OF_LOSSES = (on_compiled_loss, on_loss, on_reduction, on_scaling_for_replicas)
 

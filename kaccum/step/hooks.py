@@ -76,6 +76,15 @@ def _differentiating(step: Any) -> Sequence[Any]:
     return backend().differentiating()
 
 
+def _trainer_of_processes(step: Any) -> Sequence[Any]:
+    return [
+        owner
+        for owner in keras.Model.__mro__
+        if owner.__module__ == hearing.TRAINER_OF_PROCESSES
+        and "get_metrics_result" in vars(owner)
+    ]
+
+
 def _always(owner: Any) -> Callable[[Any], Sequence[Any]]:
     return lambda step: [owner]
 
@@ -155,6 +164,12 @@ HOOKS = (
     Hook("jax", "grad", STEP, "3.0",
          "The same, where a step calls this.",
          _differentiating, hearing.on_grad),
+    Hook("the model", "ddp_model", EITHER, "3.16",
+         "Processes communicate once an update (PyTorch)."),
+    Hook("keras.src.backend.torch.trainer.Trainer", "get_metrics_result",
+         EITHER, "3.16",
+         "The same: a step shows the metrics of its own process.",
+         _trainer_of_processes, hearing.on_metrics_of_processes),
     Hook("keras.layers.Layer", "__call__", TEST, "3.0",
          "Layers that the step calls return what they did for its parts.",
          _always(keras.layers.Layer), hearing.on_layer),
@@ -202,6 +217,13 @@ def replacing_step(
     )
 
 
+def alone(model: keras.Model) -> list[Patch]:
+    """Patches that have a model run without other processes."""
+    if vars(model).get("ddp_model") is None:
+        return []
+    return [replacing("the model", "ddp_model", model, lambda wrapped: None)]
+
+
 def overhearing(step: Any) -> list[Patch]:
     """Patches that have all that a `TrainingStep` does be heard.
 
@@ -209,12 +231,12 @@ def overhearing(step: Any) -> list[Patch]:
     replicas are threads; they do something only inside of a thread's
     `Recording.running()`.
     """
-    return _patches((STEP, EITHER), step)
+    return [*_patches((STEP, EITHER), step), *alone(step.model)]
 
 
-def of_test_steps() -> list[Patch]:
+def of_test_steps(model: keras.Model) -> list[Patch]:
     """The same for a `TestStep`."""
-    return _patches((TEST, EITHER), None)
+    return [*_patches((TEST, EITHER), None), *alone(model)]
 
 
 def _patches(lasts: Sequence[str], step: Any) -> list[Patch]:

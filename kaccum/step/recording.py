@@ -288,9 +288,7 @@ class Recording:
             }
         if not self.step.skips:
             return logs
-        # Keras shows the mean over replicas.
-        skipped = self.step.sums.skipped * self.backend.replicas()
-        return {**logs, SKIPPED: skipped}
+        return {**logs, SKIPPED: self.backend.shown(self.step.sums.skipped)}
 
     def _is_shown(self, key: str, value: Any, now: dict[str, Any]) -> bool:
         """Whether an entry of the step's logs is one of the model's metrics."""

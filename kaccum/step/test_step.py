@@ -51,7 +51,7 @@ class TestStep:
         self.model = model
         self._kinds = kinds
         self._differences = differences
-        self._hooks = hooks.of_test_steps()
+        self._hooks = hooks.of_test_steps(model)
         step = getattr(model.test_step, "__func__", None)
         # Whether its batches may be cut; `None` if that is to be tried.
         is_keras = step is keras.Model.test_step and all(

@@ -146,9 +146,40 @@ class GradientSums:
                 that it can be divided in place. XLA must not compile that.
         """
         backend = self._backend
+        if backend.are_sums_aligned():
+            return self._aligned_parts()
         take = backend.take if releases else backend.values_of
         numbers = backend.values_of(self._numbers)
         return [*numbers, *take(self._totals)]
+
+    def _aligned_parts(self) -> list[Any]:
+        """The same, with a sum for every variable, and which have gradients.
+
+        Another replica may have had a gradient for another variable.
+        """
+        known = self._entries
+        variables = variables_of(self._optimizer)
+        new = [v for v in variables if id(v) not in known]
+        for variable in new:
+            self._entry_of(variable).is_used = False
+        self._entries = {id(v): known[id(v)] for v in variables}
+        missing = [e for e in self._entries.values() if e.total is None]
+        for entry in missing:
+            entry.dtype = keras.backend.standardize_dtype(entry.variable.dtype)
+            (entry.total,) = self._backend.new_sums(
+                [_spec_of(entry.variable, entry.variable)]
+            )
+        numbers = self._backend.values_of(self._numbers)
+        totals = self._backend.values_of(self._totals)
+        if self.factor is not None:
+            # Each replica scales by the length of its own windows.
+            totals = [total * self.factor for total in totals]
+        flags = [[e.is_used, e.is_in_window] for e in self._entries.values()]
+        return [*numbers, *totals, ops.convert_to_tensor(flags, "float32")]
+
+    def count_in(self, parts: list[Any]) -> int:
+        """The number of micro-batches in what `parts` returned, summed."""
+        return int(parts[1])
 
     def close(self, parts: list[Any]) -> None:
         """Makes one update of the window's gradient.
@@ -161,6 +192,13 @@ class GradientSums:
             RuntimeError: If nothing was added. In a graph of TensorFlow it is
                 `tf.errors.InvalidArgumentError` (under XLA nothing is checked).
         """
+        if self._backend.are_sums_aligned():
+            *parts, flags = parts
+            for entry, (is_used, is_in_window) in zip(
+                self._entries.values(), flags.tolist()
+            ):
+                entry.is_used = is_used > 0
+                entry.is_in_window = is_in_window > 0
         used = self._used
         if not used:
             raise RuntimeError(NOTHING_ADDED)
@@ -309,7 +347,7 @@ class GradientSums:
         ]
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients, count - 1)
-        if self.factor is not None:
+        if self.factor is not None and not self._backend.are_sums_aligned():
             gradients = [
                 g if g is None or entry.is_overwritten else g * self.factor
                 for g, entry in zip(gradients, used)
@@ -337,6 +375,8 @@ class GradientSums:
             if term is not None and gradients[i] is not None:
                 dtype = gradients[i].dtype
                 term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
+                if self.factor is not None and self._backend.are_sums_aligned():
+                    term = term * self.factor
                 gradients[i] -= term
 
 

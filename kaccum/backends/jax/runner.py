@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import keras
 
+from kaccum.backends.jax.batches import Batches, batch_of, length_of
 from kaccum.backends.jax.sums import Sum, constrained, placed
 from kaccum.backends.runner import Ran, Runner, Step
 
@@ -53,6 +55,9 @@ class JaxRunner(Runner):
         # What is donated changes in its own memory. An error in *add* leaves
         # what it was called with, but for the sums.
         self._add = self._compiled(self._traced_add, donated=[1])
+        self._adds = self._compiled(self._traced_adds, donated=[1])
+        self._logs: Any = None
+        self._may_stack = False
         self._update = self._compiled(self._traced_update, donated=[0, 1])
         self._passes: dict[str, Any] = {}
 
@@ -60,7 +65,7 @@ class JaxRunner(Runner):
         state, iterator = arguments
         self._state = State(*state)
         try:
-            logs = run(iterator)
+            logs = run(Batches(iterator, self._may_stack))
         except BaseException:
             # Keras has the state of before, whose memory may be used again.
             self._hand_over()
@@ -68,6 +73,14 @@ class JaxRunner(Runner):
         finally:
             new, self._state = self._state, None
         return logs, tuple(new)
+
+    def start(self, *, is_for_fit: bool) -> None:
+        super().start(is_for_fit=is_for_fit)
+        self._may_stack = is_for_fit and self.model.steps_per_execution > 1
+
+    def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
+        found: tuple[list[Any], Any] = batches.peek(count)
+        return found
 
     def told(self, function: Callable[[int], Any], updates: int) -> None:
         # It may look at the model, and change it.
@@ -105,6 +118,10 @@ class JaxRunner(Runner):
         self._before = None
 
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
+        if isinstance(batches, Batches):
+            batches.pull()
+            if batches.stack is not None and self._is_compiled:
+                return self._run_stack(batches.stack, closes, is_plain)
         logs, ran, updates = None, 0, 0
         for is_last in closes:
             batch = next(batches, self)
@@ -122,10 +139,50 @@ class JaxRunner(Runner):
             raise StopIteration
         return Ran(logs, ran, updates)
 
+    def _run_stack(self, stack: Any, closes: list[bool], is_plain: bool) -> Ran:
+        """Runs the micro-batches of each window of a stack in one call."""
+        closes = closes[: length_of(stack)]
+        if is_plain:
+            logs, state = self._plain(tuple(self._state), iter([stack]))
+            self._state = State(*state)
+            return Ran(logs, len(closes), len(closes))
+        logs, start, updates = None, 0, 0
+        for stop, is_last in enumerate(closes, 1):
+            if not is_last and stop < len(closes):
+                continue
+            logs = self._run_adds(stack, start, stop)
+            updates += self.update() if is_last else 0
+            start = stop
+        return Ran(logs, len(closes), updates)
+
+    def _run_adds(self, stack: Any, start: int, stop: int) -> Any:
+        self._find_first(stack, is_stack=True)
+        which = (stack, start, stop, self._logs)
+        logs, non_trainable, metrics = self._call(
+            self._adds, self._state, which
+        )
+        self._state = self._state._replace(
+            non_trainable=non_trainable, metrics=metrics
+        )
+        return logs
+
+    def _find_first(self, data: Any, *, is_stack: bool) -> None:
+        """Finds what sums a step has, and the logs that it returns."""
+        if not self._is_compiled or self._has_found:
+            return
+        self._has_found = True
+
+        def traced(state: State, held: list[Any], data: Any) -> Any:
+            data = batch_of(data, 0) if is_stack else data
+            return self._traced_add(state, held, data)
+
+        (logs, _, _), _ = self._find_sums(traced, data)
+        self._logs = keras.tree.map_structure(
+            lambda log: jnp.zeros(log.shape, log.dtype), logs
+        )
+
     def _run_add(self, data: Any) -> Any:
-        if self._is_compiled and not self._has_found:
-            self._has_found = True
-            self._find_sums(self._traced_add, data)
+        self._find_first(data, is_stack=False)
         logs, non_trainable, metrics = self._call(self._add, self._state, data)
         self._state = self._state._replace(
             non_trainable=non_trainable, metrics=metrics
@@ -211,6 +268,18 @@ class JaxRunner(Runner):
             _, non_trainable, _, metrics = self._placed(new)
             return (logs, non_trainable, metrics), self._held()
 
+    def _traced_adds(self, state: State, held: list[Any], which: Any) -> Any:
+        """Some micro-batches of a stack: one compiled loop for any number."""
+        stack, start, stop, logs = which
+
+        def body(i: Any, carried: Any) -> Any:
+            (_, non_trainable, metrics), held = carried
+            now = state._replace(non_trainable=non_trainable, metrics=metrics)
+            return self._traced_add(now, held, batch_of(stack, i))
+
+        first = ((logs, state.non_trainable, state.metrics), held)
+        return jax.lax.fori_loop(start, stop, body, first)
+
     def _traced_pass(
         self, run: Callable[..., Any], state: State, held: list[Any], data: Any
     ) -> Any:
@@ -233,15 +302,18 @@ class JaxRunner(Runner):
             self._step.empty()
             return self._placed(_state_in(scope, variables)), self._held()
 
-    def _find_sums(self, traced: Callable[..., Any], data: Any) -> None:
+    def _find_sums(self, traced: Callable[..., Any], data: Any) -> Any:
         """Finds the sums that what is traced has, before it is compiled.
 
         JAX would keep a trace that raises for good (0.10).
+
+        Returns:
+            The shapes and dtypes of what it returns.
         """
         self._is_finding = True
         held = [total.value for total in self._sums]
         try:
-            jax.eval_shape(
+            return jax.eval_shape(
                 lambda *arguments: traced(*arguments),
                 self._state,
                 held,

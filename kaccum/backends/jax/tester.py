@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import keras
 
+from kaccum.backends.jax.batches import Batches
 from kaccum.backends.jax.sums import placed
 from kaccum.backends.tester import Tester, TestOfParts
 
@@ -32,7 +33,9 @@ class JaxTester(Tester):
         state, iterator = arguments
         self._state = tuple(state)
         try:
-            logs = run(iterator)
+            # `evaluate` asks for the same as `fit`.
+            stacks = self.model.steps_per_execution > 1
+            logs = run(Batches(iterator, stacks))
             return logs, self._state
         except BaseException:
             # Keras has taken the values from the variables (3.15).

@@ -84,6 +84,10 @@ class Replicas(Backend):
             for part, t in zip(parts, tensors)
         ]
 
+    def shown(self, value: Any) -> Any:
+        # It shows the mean over replicas.
+        return value * self.replicas()
+
     def as_row(self, value: Any) -> tf.Tensor:
         value = tf.convert_to_tensor(value)
         if self.replicas() == 1:

@@ -44,9 +44,9 @@ class TensorFlowRunner(AssigningRunner):
         self._calls: dict[Any, Callable[[Any], Any]] = {}
         self._updates: dict[int, Callable[[], Any]] = {}
 
-    def start(self) -> None:
+    def start(self, *, is_for_fit: bool) -> None:
         with self._backend.scope_of(self.model):
-            super().start()
+            super().start(is_for_fit=is_for_fit)
 
     def stop(self) -> None:
         for call in self._calls.values():

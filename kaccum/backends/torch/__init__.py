@@ -10,12 +10,14 @@ import keras
 import torch
 
 from kaccum.backends import arrays
-from kaccum.backends.base import Backend, SumSpec
-from kaccum.backends.runner import AssigningRunner, Ran, Step
-from kaccum.backends.tester import AssigningTester, Tester, TestOfParts
+from kaccum.backends.base import SumSpec
+from kaccum.backends.runner import Step
+from kaccum.backends.tester import Tester, TestOfParts
+from kaccum.backends.torch.processes import Processes
+from kaccum.backends.torch.runner import TorchRunner, TorchTester
 
 
-class TorchBackend(Backend):
+class TorchBackend(Processes):
     """Sums are tensors."""
 
     def new_sums(self, specs: Sequence[SumSpec]) -> list[torch.Tensor]:
@@ -115,12 +117,6 @@ class TorchBackend(Backend):
             raise RuntimeError(message)
         yield
 
-    def devices(self, count: int) -> Any:
-        raise RuntimeError(
-            "Models train on one device where Keras runs on torch. Received: "
-            f"{count} replicas."
-        )
-
     def examples_in(self, batch: Any) -> list[int]:
         return [arrays.examples_in(batch)]
 
@@ -169,10 +165,6 @@ def _gradients(value: Any, sources: list[Any], **options: Any) -> list[Any]:
     )
 
 
-def _is_on_gpu() -> bool:
-    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())
-
-
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
@@ -183,111 +175,6 @@ def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
         return zeros.to(beside.value.device)
     # The host asks for counts.
     return zeros.to("cpu") if dtype == "int32" else zeros
-
-
-class TorchRunner(AssigningRunner):
-    """Runs a training step eagerly."""
-
-    def _add(self, data: Any) -> Any:
-        with self._looking():
-            return super()._add(data)
-
-    @torch.no_grad()
-    def look(self, function: Callable[[Any], Any], data: Any) -> Any:
-        before = self.others()
-        devices = [torch.cuda.current_device()] if _is_on_gpu() else []
-        # Neither what modules of PyTorch keep nor its random numbers move.
-        with torch.random.fork_rng(devices):
-            try:
-                return super().look(function, data)
-            finally:
-                self.put_others_back(before)
-
-    def others(self) -> dict[str, torch.Tensor]:
-        return {name: each.clone() for name, each in self._buffers().items()}
-
-    @torch.no_grad()
-    def put_others_back(self, values: dict[str, torch.Tensor]) -> None:
-        for name, buffer in self._buffers().items():
-            buffer.copy_(values[name])
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """What modules of PyTorch keep: no variables of Keras."""
-        return {
-            f"{layer.name}/{name}": buffer
-            for layer in self.model._flatten_layers()
-            for name, buffer in layer.named_buffers()
-        }
-
-    def restore(self) -> None:
-        # They hold memory.
-        self.model.zero_grad()
-        super().restore()
-
-    def passed(self, name: str, data: Any) -> Any:
-        run = getattr(self._step.whole, name)
-        with self._step.overheard(), self._looking():
-            if name != "hear":
-                return run(data, self._hear)
-            with torch.no_grad():
-                return run(data, self._hear)
-
-    def state(self) -> Any:
-        # Modules of PyTorch draw random numbers by its own generators.
-        generators = [torch.random.get_rng_state()]
-        if _is_on_gpu():
-            generators.append(torch.cuda.get_rng_state())
-        return super().state(), generators
-
-    @torch.no_grad()
-    def return_to(self, state: Any) -> None:
-        others, generators = state
-        super().return_to(others)
-        torch.random.set_rng_state(generators[0])
-        if len(generators) > 1:
-            torch.cuda.set_rng_state(generators[1])
-
-    def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
-        logs, ran, updates = None, 0, 0
-        # Once for all of them: an update is not a step.
-        place = contextlib.nullcontext() if is_plain else self._step.overheard()
-        with place:
-            for is_last, batch in zip(closes, batches):
-                if is_plain:
-                    logs, made = self._plain([batch]), 1
-                else:
-                    logs = self._add(batch)
-                    made = self.update() if is_last else 0
-                ran, updates = ran + 1, updates + made
-        if ran == 0:
-            raise StopIteration
-        return Ran(logs, ran, updates)
-
-    @torch.no_grad()
-    def _run_update(self) -> None:
-        self._step.update()
-        self._step.empty()
-
-    def copied(self, variable: Any) -> torch.Tensor:
-        return variable.value.detach().clone()
-
-    @torch.no_grad()
-    def put_back(self, variable: Any, before: torch.Tensor) -> None:
-        variable.value.copy_(before)
-
-
-class TorchTester(AssigningTester):
-    """Runs a test step eagerly."""
-
-    @torch.no_grad()
-    def hear(self, data: Any) -> Any:
-        with self._test.overheard():
-            return self._test.hear(data, self._test_step)
-
-    @torch.no_grad()
-    def run(self, data: Any, parts: Sequence[Any]) -> Any:
-        with self._test.overheard():
-            return self._test.run(data, parts, self._test_step)
 
 
 BACKEND = TorchBackend()

@@ -1,0 +1,82 @@
+"""What a train function of JAX is called with: batches, or stacks of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras.src.trainers.data_adapters import data_adapter_utils
+
+# What `fit` makes of batches that it could not stack, from Keras 3.16 on; there
+# with `steps_per_execution` it stacks as many, along a first axis.
+_Unstacked: Any = getattr(data_adapter_utils, "PartialBatchList", None)
+
+
+class Batches:
+    """The batches of one call of a train function, or test function.
+
+    Args:
+        iterator: What Keras calls it with.
+        may_stack: Whether `fit` or `evaluate` calls it, with
+            `steps_per_execution`.
+    """
+
+    def __init__(self, iterator: Iterator[Any], may_stack: bool) -> None:
+        self._iterator = iterator
+        self._may_stack = may_stack and _Unstacked is not None
+        self._left: Iterator[Any] | None = None
+        #: Batches that were stacked, if none of them was pulled by itself.
+        self.stack: Any = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._may_stack:
+            return next(self._iterator)
+        self.pull()
+        assert self._left is not None
+        batch = next(self._left)
+        self.stack = None
+        return batch
+
+    def pull(self) -> None:
+        """Pulls what there is for the call, if it may be a stack.
+
+        Raises:
+            StopIteration: If there is nothing.
+        """
+        if self._left is not None or not self._may_stack:
+            return
+        pulled = next(self._iterator)
+        if isinstance(pulled, _Unstacked):
+            self._left = iter(pulled)
+            return
+        self.stack = pulled
+        self._left = (batch_of(pulled, i) for i in range(length_of(pulled)))
+
+    def peek(self, count: int) -> tuple[list[Any], Any]:
+        """The next batches, so many at most, and what has them all."""
+        self.pull()
+        if self.stack is not None:
+            most = min(count, length_of(self.stack))
+            return [batch_of(self.stack, i) for i in range(most)], self
+        pulled = list(itertools.islice(self, count))
+        if not pulled:
+            raise StopIteration
+        return pulled, Batches(iter(pulled), False)
+
+
+def length_of(stack: Any) -> int:
+    """How many batches a stack has."""
+    leaves = keras.tree.flatten(stack)
+    return int(next(x for x in leaves if x is not None).shape[0])
+
+
+def batch_of(stack: Any, index: Any) -> Any:
+    """A batch of a stack: of its place, an int or a scalar."""
+    return keras.tree.map_structure(
+        lambda x: None if x is None else x[index], stack
+    )

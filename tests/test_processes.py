@@ -1,0 +1,141 @@
+"""Processes of PyTorch train as one, on the loopback address."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+from kaccum import GradientAccumulator
+from tests import processes
+from tests.backends import BACKEND, only_on
+
+only_on_torch = only_on("torch", reason="`torch.distributed`")
+#: Keras wraps models into `DistributedDataParallel` from 3.16 on.
+WRAPS = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
+needs_wrapping = pytest.mark.skipif(not WRAPS, reason="Keras does not wrap")
+
+STEPS = {"steps": 4, "size": 8}
+CASES = {
+    "weights": STEPS,
+    "clipping": {**STEPS, "clipnorm": 0.05},
+    "a sum": {**STEPS, "reduction": "sum"},
+    "unequal": {**STEPS, "first": 1},
+    "nothing in the last batch": {**STEPS, "examples": 81},
+    "cut": {**STEPS, "cut": 3},
+    "cut, unequal": {**STEPS, "cut": 3, "first": 2},
+    "scaled": {**STEPS, "scales": True},
+    "cut, unequal, scaled": {**STEPS, "cut": 3, "first": 2, "scales": True},
+    "a NaN": {
+        **STEPS,
+        "skips": [0, 1, 2, 3],
+        "reduction": "sum_over_batch_size",
+    },
+    # One of three processes has five micro-batches, one two.
+    "fewer micro-batches": {
+        "steps": 2,
+        "size": 1,
+        "lists": [
+            [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]],
+            [[10, 11, 12], [13]],
+            [[20, 21], [22], [23, 24, 25]],
+        ],
+    },
+}
+
+
+CASES_OF_TWO = {
+    name: case for name, case in CASES.items() if "lists" not in case
+}
+OTHERS = {
+    "plain": {**STEPS, "plain": True},
+    "normalizes": {
+        **STEPS,
+        "normalizes": True,
+        "reduction": "sum_over_batch_size",
+        "examples": 64,
+        "alone": 4,
+    },
+}
+
+
+@functools.cache
+def ran(count):
+    """All cases in so many processes: to start them takes longest."""
+    if count == 3:
+        cases = {name: case for name, case in CASES.items() if "lists" in case}
+        cases["weights"] = STEPS
+    elif count == 2:
+        cases = {**CASES_OF_TWO, **OTHERS}
+    else:
+        cases = {**CASES, "normalizes": OTHERS["normalizes"]}
+    return dict(zip(cases, processes.run(count, [*cases.values()])))
+
+
+def assert_alike(many, one, rtol=1e-5):
+    """Every process has what a single one has."""
+    for each in many:
+        assert each["updates"] == one["updates"]
+        for ours, large in zip(each["weights"], one["weights"]):
+            np.testing.assert_allclose(ours, large, rtol=rtol, atol=1e-6)
+        for name, values in one["history"].items():
+            mine = each["history"][name]
+            np.testing.assert_allclose(mine, values, rtol=rtol)
+        assert each["weights"] == many[0]["weights"]
+
+
+IN_PROCESSES = [
+    *((name, 2) for name in CASES_OF_TWO),
+    ("weights", 3),
+    ("fewer micro-batches", 3),
+]
+
+
+@only_on_torch
+@needs_wrapping
+@pytest.mark.parametrize(("name", "count"), IN_PROCESSES)
+def test_processes_train_as_one(name, count):
+    """With one all-reduce an update."""
+    (one,) = ran(1)[name]
+    many = ran(count)[name]
+    assert_alike(many, one)
+    weights = sum(map(len, one["weights"]))
+    for each in many:
+        large = [n for n in each["all_reduces"] if n >= weights]
+        # At the end of an epoch they may have to ask who has more.
+        assert 0 <= len(large) - one["updates"] <= 2
+
+
+@only_on_torch
+@needs_wrapping
+def test_normalization_pools_processes():
+    """Each has the moving statistics of all, as if one had them all."""
+    (one,) = ran(1)["normalizes"]
+    assert_alike(ran(2)["normalizes"], one)
+
+
+@only_on_torch
+@needs_wrapping
+def test_plain_keras_is_another_run():
+    """What the tests above would see."""
+    (one,) = ran(1)["weights"]
+    first, second = ran(2)["plain"]
+    assert first["updates"] > one["updates"]
+    assert first["weights"] == second["weights"]
+
+
+@only_on_torch
+def test_a_loop_of_ones_own_in_processes():
+    """With any Keras: `GradientAccumulator(process_group=...)`."""
+    cases = [{**STEPS, "by_hand": True, "first": n} for n in (None, 1)]
+    for (one,), many in zip(processes.run(1, cases), processes.run(2, cases)):
+        assert_alike(many, one)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch has them")
+def test_a_process_group_is_pytorchs():
+    """Elsewhere it is refused."""
+    with pytest.raises(
+        RuntimeError, match="`process_group` must be left out where Keras runs"
+    ):
+        GradientAccumulator(keras.optimizers.SGD(), process_group="world")
