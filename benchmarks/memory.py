@@ -24,7 +24,13 @@ import keras
 from keras import layers
 
 from benchmarks import report
-from benchmarks.networks import CLASSES, Network, convolutional, normal
+from benchmarks.networks import (
+    CLASSES,
+    Network,
+    convolutional,
+    normal,
+    segmentation,
+)
 from benchmarks.ways import CUT, KERAS, LARGE, PLAIN, STEPS, Way
 
 WINDOW = 8
@@ -41,6 +47,13 @@ NETWORKS = {
     # Next to no weights, and 64 MiB of activations a micro-batch.
     "convolutional": Network(
         convolutional, normal(32, 32, 3), 256, micro_batches=32
+    ),
+}
+#: Those of `benchmarks.whole_batch`.
+FURTHER = {
+    # 5 MiB of outputs a micro-batch, and 1.5 of inputs.
+    "segmentation": Network(
+        segmentation, normal(64, 64, 3), 32, 32, outputs=(64, 64)
     ),
 }
 
@@ -74,7 +87,8 @@ class Row(NamedTuple):
 
 def measure(network: str, is_xla: bool, way: str) -> Row:
     """Trains in this process."""
-    trained = Way(way, NETWORKS[network], is_xla=is_xla, window=WINDOW)
+    measured = {**NETWORKS, **FURTHER}[network]
+    trained = Way(way, measured, is_xla=is_xla, window=WINDOW)
     weights = sum(4 * math.prod(v.shape) for v in trained.variables)
     before, peak_before = _held(), _peak()
     for _ in range(2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -23,6 +23,7 @@ class Network(NamedTuple):
         micro_batches: How many of them a measurement takes.
         steps_per_execution: As in `compile`.
         windows: How many micro-batches make an update, one after the other.
+        outputs: The shape of an example's classes.
     """
 
     build: Callable[[], keras.Model]
@@ -31,11 +32,13 @@ class Network(NamedTuple):
     micro_batches: int = 64
     steps_per_execution: int = 1
     windows: tuple[int, ...] = (8, 2, 32)
+    outputs: tuple[int, ...] = ()
 
     def examples(self) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and classes of a measurement."""
         count = self.micro_batch * self.micro_batches
-        classes = np.random.default_rng(1).integers(0, CLASSES, count)
+        shape = (count, *self.outputs)
+        classes = np.random.default_rng(1).integers(0, CLASSES, shape)
         return self.inputs(count), classes.astype("int32")
 
 
@@ -93,6 +96,27 @@ def transformer() -> keras.Model:
     )
     x = layers.GlobalAveragePooling1D()(x)
     return keras.Model(tokens, layers.Dense(CLASSES)(x))
+
+
+def segmentation(width: int = 16) -> keras.Model:
+    """A small U-Net: outputs that are as large as the inputs, and larger.
+
+    Args:
+        width: The number of filters of its outermost convolutions.
+    """
+
+    def convolved(x: Any, filters: int) -> Any:
+        for _ in range(2):
+            x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+        return x
+
+    inputs = keras.Input((64, 64, 3))
+    fine = convolved(inputs, width)
+    coarse = convolved(layers.MaxPooling2D()(fine), 2 * width)
+    again = layers.Concatenate()([fine, layers.UpSampling2D()(coarse)])
+    return keras.Model(
+        inputs, layers.Conv2D(CLASSES, 1)(convolved(again, width))
+    )
 
 
 def normal(*shape: int) -> Callable[[int], np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ STEPS = "steps"
 CUT = "micro_batch_size"
 LARGE = "large batch"
 BARE = "bare loop"
+WHOLE_STEPS = "whole, steps"
+WHOLE_CUT = "whole, cut"
 WAYS = (PLAIN, KERAS, STEPS, CUT, LARGE, BARE)
 
 
@@ -62,7 +65,7 @@ class Way:
     """One way to train a network with Adam.
 
     Args:
-        name: One of `WAYS`.
+        name: One of `WAYS`, or of those of `whole_batch_loss`.
         network: What to train.
         is_xla: Whether XLA compiles the steps.
         window: How many micro-batches make an update.
@@ -117,7 +120,7 @@ class Way:
 
     def first_update(self) -> Run:
         """Trains until there is an update."""
-        is_at_once = self.name in (PLAIN, LARGE, CUT)
+        is_at_once = self.name in (PLAIN, LARGE, CUT, WHOLE_CUT)
         return self._run(1 if is_at_once else self.window)
 
     def run(self) -> Run:
@@ -126,7 +129,7 @@ class Way:
 
     def _run(self, batches: int | None) -> Run:
         size = self._network.micro_batch
-        size *= self.window if self.name in (LARGE, CUT) else 1
+        size *= self.window if self.name in (LARGE, CUT, WHOLE_CUT) else 1
         data = _batches(self._network.examples(), size, batches)
         before, started = self.traces, time.perf_counter()
         if self.name == BARE:
@@ -140,10 +143,13 @@ class Way:
     def _fit(self, data: Any) -> float:
         stopwatch = Stopwatch()
         callbacks: list[keras.callbacks.Callback] = [stopwatch]
-        ours = GradientAccumulationCallback
-        if self.name == STEPS:
+        ours = functools.partial(
+            GradientAccumulationCallback,
+            whole_batch_loss=self.name in (WHOLE_STEPS, WHOLE_CUT),
+        )
+        if self.name in (STEPS, WHOLE_STEPS):
             callbacks.append(ours(self.window))
-        elif self.name == CUT:
+        elif self.name in (CUT, WHOLE_CUT):
             size = self._network.micro_batch
             callbacks.append(ours(micro_batch_size=size))
         self._model.fit(data, verbose=0, shuffle=False, callbacks=callbacks)

@@ -16,6 +16,9 @@ from keras.src.trainers.data_adapters.generator_data_adapter import (
 )
 
 BACKEND = keras.backend.backend()
+#: Whether Keras runs several steps in one execution on each backend, and wraps
+#: a model of several processes of PyTorch.
+IS_NEW = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
 
 
 class _TensorFlow:
@@ -84,7 +87,10 @@ def compile_options(execution="graph", steps_per_execution=1):
             "jit_compile": execution != "eager",
             "steps_per_execution": steps_per_execution,
         },
-        "torch": {"jit_compile": False},
+        "torch": {
+            "jit_compile": False,
+            **({"steps_per_execution": steps_per_execution} if IS_NEW else {}),
+        },
     }[BACKEND]
 
 

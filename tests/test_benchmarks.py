@@ -4,9 +4,18 @@ import csv
 
 import pytest
 
-from benchmarks import growth, memory, speed
+from benchmarks import growth, memory, speed, whole_batch
 from benchmarks.networks import Network, many_variables, normal
-from benchmarks.ways import BARE, CUT, PLAIN, STEPS, WAYS, ratio
+from benchmarks.ways import (
+    BARE,
+    CUT,
+    LARGE,
+    PLAIN,
+    STEPS,
+    WAYS,
+    WHOLE_CUT,
+    ratio,
+)
 from tests.backends import BACKEND, only_on
 from tests.profiles import is_nightly, nightly
 
@@ -89,6 +98,23 @@ def test_memory_tells_of_a_missed_target(
     assert memory.main(options) == 0
 
 
+def test_whole_batches_are_measured(monkeypatch, tmp_path):
+    """Time of every way, and memory of three, relative to those without."""
+    monkeypatch.setattr(whole_batch, "TIMED", {"tiny": TINY})
+    monkeypatch.setattr(memory, "FURTHER", {"tiny": TINY})
+    peaks = {CUT: 100.0, WHOLE_CUT: 110.0, LARGE: 220.0}
+    monkeypatch.setattr(memory, "in_another_process", rows_of(peaks))
+    path = str(tmp_path / "rows.csv")
+    options = ["--quick", "--rounds", "1", "--networks", "tiny", "--csv", path]
+    assert whole_batch.main(options) == 0
+    with open(path) as file:
+        *timed, cut, whole, large = csv.DictReader(file)
+    assert [row["way"] for row in timed] == [*whole_batch.TIMED_WAYS]
+    assert float(timed[0]["to_without"]) == float(timed[-1]["to_large"]) == 1
+    assert [float(row["to_without"]) for row in (cut, whole)] == [1.0, 1.1]
+    assert [float(row["to_large"]) for row in (whole, large)] == [0.5, 1.0]
+
+
 @nightly
 @only_on("tensorflow", "torch", reason="JAX takes 1.2 times the weights")
 def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
@@ -124,7 +150,7 @@ def test_growth_measures_every_size(monkeypatch, tmp_path):
     assert {row["way"] for row in rows} == set(growth.GROWTH_WAYS)
 
 
-@pytest.mark.parametrize("program", [speed, memory, growth])
+@pytest.mark.parametrize("program", [speed, memory, growth, whole_batch])
 def test_a_program_explains_itself(program, capsys):
     """`--help`."""
     with pytest.raises(SystemExit):

@@ -23,8 +23,9 @@ from tests.backends import BACKEND, needs_demo, needs_graphs, only_on
 from tests.pages import PAGES, README, ROOT, examples_of
 from tests.profiles import at_night, nightly
 
-# Marks of examples that do not run here; `test_distribution` runs the first.
-OTHERS = ("on two machines", "other library")
+# Marks of examples that do not run here; `test_distribution` runs the first,
+# `test_processes` the second.
+OTHERS = ("on two machines", "in processes", "other library")
 BEFORE = """
 import keras
 import numpy as np

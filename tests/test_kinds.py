@@ -401,6 +401,8 @@ DATA = {
     "Dice": (ONE_HOT, Y),
     "Tversky": (ONE_HOT, Y),
     "SparseCategoricalCrossentropy": (CLASSES, PROBABILITIES),
+    # (From Keras 3.16 on.)
+    "SparseCategoricalFocalCrossentropy": (CLASSES, PROBABILITIES),
 }
 IN_KERAS = [
     name

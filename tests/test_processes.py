@@ -1,6 +1,10 @@
 """Processes of PyTorch train as one, on the loopback address."""
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -8,12 +12,11 @@ import pytest
 
 from kaccum import GradientAccumulator
 from tests import processes
-from tests.backends import BACKEND, only_on
+from tests.backends import BACKEND, IS_NEW, only_on
+from tests.pages import ROOT, examples_of
 
 only_on_torch = only_on("torch", reason="`torch.distributed`")
-#: Keras wraps models into `DistributedDataParallel` from 3.16 on.
-WRAPS = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
-needs_wrapping = pytest.mark.skipif(not WRAPS, reason="Keras does not wrap")
+needs_wrapping = pytest.mark.skipif(not IS_NEW, reason="Keras does not wrap")
 
 STEPS = {"steps": 4, "size": 8}
 CASES = {
@@ -130,6 +133,28 @@ def test_a_loop_of_ones_own_in_processes():
     cases = [{**STEPS, "by_hand": True, "first": n} for n in (None, 1)]
     for (one,), many in zip(processes.run(1, cases), processes.run(2, cases)):
         assert_alike(many, one)
+
+
+@only_on_torch
+def test_the_program_of_the_page_runs_in_processes(tmp_path):
+    """As `torchrun` starts it."""
+    (program,) = (
+        text for mark, text in examples_of("devices") if mark == "in processes"
+    )
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(program))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", "2", str(path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=processes.SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2"]
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch has them")

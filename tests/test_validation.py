@@ -18,6 +18,7 @@ from kaccum.fit.micro_batches import MicroBatchSize
 from tests.backends import (
     BACKEND,
     EXECUTIONS,
+    IS_NEW,
     compile_options,
     needs_graphs,
     needs_sparse,
@@ -102,6 +103,10 @@ def classifier(**options):
     loss = "sparse_categorical_crossentropy"
     metrics = ["accuracy", largest]
     return built(dense, loss=loss, **{"metrics": metrics, **options})
+
+
+# Keras says so of every `LSTM` with a mask (3.16.0.dev2026102704, PyTorch).
+loses_masks = pytest.mark.filterwarnings("ignore:Layer 'lstm")
 
 
 def masked(**options):
@@ -240,6 +245,7 @@ def assert_alike(mine, truth):
 
 
 @pytest.mark.filterwarnings("ignore:A loss must be a mean or a sum")
+@loses_masks
 @pytest.mark.parametrize(("name", "execution", "steps"), WAYS)
 def test_results_are_those_of_whole_batches(name, execution, steps):
     """Whatever losses and metrics make of the outputs."""
@@ -250,9 +256,13 @@ def test_results_are_those_of_whole_batches(name, execution, steps):
     assert_alike(mine, evaluated(model, data))
 
 
+@loses_masks
 def test_the_cases_show_what_is_not_whole():
     """Keras's own results of smaller batches are others."""
-    for name in ("dice", "contrast", "weighted", "masks", "sum"):
+    names = ["dice", "contrast", "weighted", "sum"]
+    # (There Keras loses the masks.)
+    names += [] if BACKEND == "torch" and IS_NEW else ["masks"]
+    for name in names:
         make, data = CASES[name]
         model = make(run_eagerly=True)
         whole, parts = (evaluated(model, data, n)["loss"] for n in (20, 4))
@@ -454,7 +464,7 @@ class OwnLoss(keras.Model):
         if self.kind == "a table":
             # As many rows as a micro-batch.
             return ops.sum(self.head(ops.ones((4, 3)))) + ops.max(y_pred)
-        return -ops.sum(ops.top_k(y_pred[:, 0], 5)[0])
+        return -ops.sum(ops.reshape(y_pred[:5, 0], (5,)))
 
 
 @pytest.mark.filterwarnings("ignore:A loss")

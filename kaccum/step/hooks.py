@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import keras
+from keras.src.losses import losses as losses_module
 
 from kaccum.backends import backend
 from kaccum.checks import with_inner
@@ -95,6 +96,22 @@ _any_optimizer = _always(
 )
 _losses = _always(loss_module)
 
+
+def _calling_themselves(step: Any) -> Sequence[Any]:
+    return [
+        kind
+        for kind in vars(keras.losses).values()
+        if isinstance(kind, type)
+        and kind is not keras.losses.Loss
+        and "__call__" in vars(kind)
+    ]
+
+
+def _reducing_themselves(step: Any) -> Sequence[Any]:
+    has_it = hasattr(losses_module, "reduce_weighted_values")
+    return [losses_module] if has_it else []
+
+
 _UPDATES = "an optimizer that makes an update"
 
 # fmt: off
@@ -134,12 +151,18 @@ HOOKS = (
     Hook("keras.losses.Loss", "__call__", STEP, "3.0",
          "A loss may call others: what those divide by is their business.",
          _always(keras.losses.Loss), hearing.on_loss),
+    Hook("a loss of Keras with a call of its own", "__call__", STEP, "3.16",
+         "The same.",
+         _calling_themselves, hearing.on_loss),
     Hook("the model", "_aggregate_additional_loss", STEP, "3.2",
          "What a layer adds for each example is summed, so it is no mean.",
          _model, hearing.on_added_loss),
     Hook("keras.src.losses.loss", "reduce_weighted_values", STEP, "3.0",
          "The denominator of a loss is the weight of its micro-batch.",
          _losses, hearing.on_reduction, also_inside=True),
+    Hook("keras.src.losses.losses", "reduce_weighted_values", STEP, "3.16",
+         "The same, of a loss with a call of its own.",
+         _reducing_themselves, hearing.on_reduction, also_inside=True),
     Hook("keras.src.losses.loss", "scale_loss_for_distribution", STEP, "3.8",
          "A replica's loss is that of its own micro-batch, not divided by "
          "their number.",
