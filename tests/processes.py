@@ -131,6 +131,10 @@ def build(case):
     import keras
 
     keras.utils.set_random_seed(0)
+    if case.get("branches"):
+        inputs = keras.Input((6,))
+        outputs = keras.layers.Dense(1)(inputs) + branch()(inputs)
+        return keras.Model(inputs, outputs)
     layers = [
         keras.Input((6,)),
         keras.layers.Dense(8, "tanh", kernel_regularizer="l2"),
@@ -139,6 +143,27 @@ def build(case):
     if case.get("normalizes"):
         layers.insert(1, keras.layers.BatchNormalization())
     return keras.Sequential(layers)
+
+
+def branch():
+    """A layer whose weight has a gradient for some examples only."""
+    import keras
+    from keras import ops
+
+    class Branch(keras.layers.Layer):
+        """Computes nothing where no example needs it."""
+
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 1))
+
+        def call(self, inputs):
+            is_wanted = inputs[:, :1] > 0
+            is_symbolic = isinstance(inputs, keras.KerasTensor)
+            if not is_symbolic and not bool(ops.any(is_wanted)):
+                return ops.zeros((inputs.shape[0], 1))
+            return ops.cast(is_wanted, "float32") * (inputs @ self.kernel)
+
+    return Branch()
 
 
 def train(rank, processes, case):
@@ -150,6 +175,7 @@ def train(rank, processes, case):
         case: `steps`, `size` of all processes' micro-batches together, and how
             the fit differs: `cut` by `micro_batch_size`; `first`, how many
             examples of a batch the first process has; `lists` of micro-batches;
+            a model that `normalizes`, or `branches`;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
             micro-batches with a NaN; `alone`, the `micro_batch_size` of a
             single process.

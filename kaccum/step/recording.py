@@ -281,7 +281,8 @@ class Recording:
         if not isinstance(logs, dict):
             return logs
         if is_shown_late or kept is not True:
-            now = self.show()
+            with self.running():
+                now = self.show()
             logs = {
                 key: now[key] if self._is_shown(key, value, now) else value
                 for key, value in logs.items()
