@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import json
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +31,24 @@ LARGE, KACCUM, KERAS = "large batch", "kaccum", "Keras's own"
 
 
 class Run(NamedTuple):
-    """One fit: its history, and the weights after each epoch."""
+    """One fit: its history, and the weights after each epoch.
+
+    Args:
+        updates: How many there were.
+        history: As of `fit`.
+        weights: After each epoch.
+        seconds: Of each epoch.
+        peak: The most bytes that the device held, or `None` if it does not
+            tell.
+        found: The `micro_batch_size` at the end, if it was asked for.
+    """
 
     updates: int
     history: dict[str, list[float]]
     weights: list[list[np.ndarray]]
     seconds: list[float]
+    peak: int | None = None
+    found: int | None = None
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -128,6 +143,7 @@ def train(name: str, options: argparse.Namespace) -> Run:
     elif name == KACCUM:
         callbacks.append(GradientAccumulationCallback(options.steps))
     is_shared = name == KACCUM and options.replicas > 1
+    backend().forget_peak_memory()
     with options.devices.scope() if is_shared else contextlib.nullcontext():
         model = build_compiled_model(name, options)
         # The same order of examples in all three.
@@ -140,11 +156,14 @@ def train(name: str, options: argparse.Namespace) -> Run:
             callbacks=callbacks,
             verbose=0,
         ).history
+    found: Any = ours.micro_batch_size if is_cut else None
     if is_cut and size == "auto":
-        found = ours.micro_batch_size
         print(f"kaccum: micro-batches of {found} examples fit in memory")
     updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
-    return Run(updates, history, recorder.weights, recorder.seconds)
+    peak = backend().peak_memory()
+    return Run(
+        updates, history, recorder.weights, recorder.seconds, peak, found
+    )
 
 
 def largest_difference(
@@ -172,6 +191,66 @@ def table(runs: dict[str, Run]) -> str:
             f"{np.median(run.seconds):8.2f}"
         )
     return "\n".join(lines)
+
+
+def difference(ours: Run, truth: Run) -> float:
+    """How far a run is from the large batch's: its weights, and its losses."""
+    losses = [[np.array(run.history["loss"])] for run in (ours, truth)]
+    return max(
+        largest_difference(ours.weights[-1], truth.weights[-1]),
+        largest_difference(*losses),
+    )
+
+
+def is_large(ours: Run, truth: Run) -> bool:
+    """Whether a run is the large batch's, to rounding."""
+    is_near = difference(ours, truth) <= TOLERANCE
+    return is_near and ours.updates == truth.updates
+
+
+def report(runs: dict[str, Run], options: argparse.Namespace) -> bool:
+    """Writes what came of each way to ask into `options.report`, as JSON.
+
+    Returns:
+        Whether each is the large batch.
+    """
+    ours = {"steps": runs[KACCUM]} if options.micro_batch_size is None else {}
+    size = options.batch_size // options.steps
+    asked: list[Any] = [None, size, "auto"]
+    for each in asked[len(ours) :]:
+        with_size = argparse.Namespace(**vars(options))
+        with_size.micro_batch_size = each
+        name = "steps" if each is None else f"micro_batch_size={each!r}"
+        ours[name] = train(KACCUM, with_size)
+    truth = runs[LARGE]
+    written = {
+        "device": backend().device_name(),
+        "versions": {
+            name: importlib.import_module(name).__version__
+            for name in ("keras", "numpy", keras.backend.backend())
+        },
+        "python": platform.python_version(),
+        "tolerance": TOLERANCE,
+        "runs": {
+            name: {
+                "difference": difference(run, truth),
+                "is_the_large_batch": is_large(run, truth),
+                "updates": run.updates,
+                "seconds": run.seconds,
+                "peak_bytes": run.peak,
+                "micro_batch_size": run.found,
+            }
+            for name, run in {
+                LARGE: truth,
+                **ours,
+                KERAS: runs[KERAS],
+            }.items()
+        },
+    }
+    with open(options.report, "w") as file:
+        json.dump(written, file, indent=1)
+    print(f"written into {options.report}")
+    return all(is_large(run, truth) for run in ours.values())
 
 
 def plot(runs: dict[str, Run], path: str) -> None:
@@ -233,6 +312,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", default="adam", help="a name in keras.optimizers")
     add("--jit", action="store_true", help="compile with XLA")
     add("--plot", metavar="FILE", help="draw the comparison into FILE")
+    add("--device", metavar="NAME", help="train there, as on 'gpu:0'")
+    add(
+        "--report",
+        metavar="FILE",
+        help="train by steps, by a micro-batch size and by 'auto', and write "
+        "what came of it into FILE, as JSON",
+    )
     options = parser.parse_args(arguments)
     for name in ("batch_size", "steps", "epochs", "replicas"):
         if getattr(options, name) < 1:
@@ -276,6 +362,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.replicas > 1:
         options.devices = backend().devices(options.replicas)
     backend().use_full_precision()
+    if options.device is None:
+        return compare(options)
+    name = options.device
+    if keras.backend.backend() == "torch" and name.startswith("cpu"):
+        # To PyTorch "cpu:0" is another device: weights would be copies.
+        name = "cpu"
+    with keras.device(name):
+        return compare(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Trains the three ways; what `main` returns."""
     print(
         f"device: {backend().device_name()}; Keras {keras.__version__} on "
         f"{keras.backend.backend()}; "
@@ -293,14 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot:
         plot(runs, options.plot)
         print(f"drawn into {options.plot}")
-    truth, ours = runs[LARGE], runs[KACCUM]
-    off = max(
-        largest_difference(ours.weights[-1], truth.weights[-1]),
-        largest_difference(
-            *([np.array(run.history["loss"])] for run in (ours, truth))
-        ),
-    )
-    is_same = off <= TOLERANCE and ours.updates == truth.updates
+    is_same = is_large(runs[KACCUM], runs[LARGE])
+    if options.report:
+        is_same = report(runs, options) and is_same
     print(f"kaccum's run is {'' if is_same else 'NOT '}the large-batch run")
     return 0 if is_same else 1
 

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
 import subprocess
@@ -153,6 +154,27 @@ def test_the_main_job_finds_the_large_batch_run(tmp_path, capsys):
     assert __main__.main(options) == 0
     assert "kaccum's run is the large-batch run" in capsys.readouterr().out
     assert path.stat().st_size > 1000
+
+
+@needs_demo
+def test_the_main_job_reports(tmp_path, capsys):
+    """What came of each way to ask, for machines where nobody looks."""
+    path = tmp_path / "report.json"
+    options = ["--epochs", "1", "--batch-size", "256", "--device", "cpu:0"]
+    assert __main__.main([*options, "--report", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert set(report["versions"]) == {"keras", "numpy", BACKEND}
+    runs = report["runs"]
+    large, *ours, own = runs
+    assert (large, own) == ("large batch", "Keras's own")
+    assert ours == ["steps", "micro_batch_size=32", "micro_batch_size='auto'"]
+    for name in ours:
+        assert runs[name]["is_the_large_batch"]
+        assert runs[name]["difference"] < report["tolerance"]
+        assert runs[name]["updates"] == runs[large]["updates"] == 8
+    sizes = [runs[name]["micro_batch_size"] for name in ours]
+    assert sizes == [None, 32, 256]
+    assert not runs[own]["is_the_large_batch"]
 
 
 def test_the_main_job_names_the_extra_that_it_needs(monkeypatch, capsys):

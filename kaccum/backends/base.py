@@ -388,6 +388,16 @@ class Backend(abc.ABC):
             sentence: What to add to its message.
         """
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that the device held, or `None` if it does not tell.
+
+        Since `forget_peak_memory`, where it can forget.
+        """
+        return None
+
+    def forget_peak_memory(self) -> None:
+        """Starts to measure anew."""
+
     # Steps.
 
     def before(self, variable: Any) -> Any:

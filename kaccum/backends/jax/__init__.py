@@ -268,9 +268,16 @@ class JaxBackend(Backend):
         jax.config.update("jax_default_matmul_precision", "highest")
 
     def device_name(self) -> str:
-        device = jax.devices()[0]
-        note = " (not run on a GPU)" if device.platform == "cpu" else ""
-        return f"{device.platform.upper()}{note}"
+        device: Any = jnp.zeros(()).device
+        if device.platform == "cpu":
+            return "CPU (not run on a GPU)"
+        return f"{device.platform.upper()}, {device.device_kind}"
+
+    def peak_memory(self) -> int | None:
+        # It cannot forget.
+        device: Any = jnp.zeros(()).device
+        stats: dict[str, int] = device.memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
 
     def runner(self, model: keras.Model, step: Step) -> Runner:
         return JaxRunner(model, step)

@@ -45,6 +45,15 @@ class TensorFlowBackend(Arithmetic, Batches):
     def use_full_precision(self) -> None:
         tf.config.experimental.enable_tensor_float_32_execution(False)
 
+    def peak_memory(self) -> int | None:
+        if not tf.config.list_logical_devices("GPU"):
+            return None
+        return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+
+    def forget_peak_memory(self) -> None:
+        if tf.config.list_logical_devices("GPU"):
+            tf.config.experimental.reset_memory_stats("GPU:0")
+
     def device_name(self) -> str:
         gpus = tf.config.list_logical_devices("GPU")
         return gpus[0].name if gpus else "CPU (not run on a GPU)"

@@ -14,7 +14,7 @@ from kaccum.backends.base import SumSpec
 from kaccum.backends.runner import Step
 from kaccum.backends.tester import Tester, TestOfParts
 from kaccum.backends.torch.processes import Processes
-from kaccum.backends.torch.runner import TorchRunner, TorchTester
+from kaccum.backends.torch.runner import TorchRunner, TorchTester, is_on_gpu
 
 
 class TorchBackend(Processes):
@@ -140,6 +140,13 @@ class TorchBackend(Processes):
     ) -> BaseException:
         return torch.OutOfMemoryError(f"{error}\n{sentence}")
 
+    def peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if is_on_gpu() else None
+
+    def forget_peak_memory(self) -> None:
+        if is_on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+
     def runner(self, model: keras.Model, step: Step) -> TorchRunner:
         return TorchRunner(model, step, self)
 
@@ -152,8 +159,10 @@ class TorchBackend(Processes):
         torch.set_float32_matmul_precision("highest")
 
     def device_name(self) -> str:
-        device = str(keras.ops.zeros(()).device.type)
-        return device if device != "cpu" else "CPU (not run on a GPU)"
+        device = keras.ops.zeros(()).device
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return device.type if device.type != "cpu" else "CPU (not run on a GPU)"
 
 
 def _gradients(value: Any, sources: list[Any], **options: Any) -> list[Any]:

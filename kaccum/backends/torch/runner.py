@@ -39,7 +39,7 @@ class TorchRunner(AssigningRunner):
     @torch.no_grad()
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         before = self.others()
-        devices = [torch.cuda.current_device()] if _is_on_gpu() else []
+        devices = [torch.cuda.current_device()] if is_on_gpu() else []
         # Neither what modules of PyTorch keep nor its random numbers move.
         with torch.random.fork_rng(devices):
             try:
@@ -79,7 +79,7 @@ class TorchRunner(AssigningRunner):
     def state(self) -> Any:
         # Modules of PyTorch draw random numbers by its own generators.
         generators = [torch.random.get_rng_state()]
-        if _is_on_gpu():
+        if is_on_gpu():
             generators.append(torch.cuda.get_rng_state())
         return super().state(), generators
 
@@ -179,5 +179,6 @@ class TorchTester(AssigningTester):
             return self._test.run(data, parts, self._test_step)
 
 
-def _is_on_gpu() -> bool:
+def is_on_gpu() -> bool:
+    """Whether PyTorch computes on one now."""
     return bool(torch.cuda.is_available() and torch.cuda.is_initialized())
