@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,6 +81,7 @@ class GradientAccumulator:
     ) -> None:
         check_optimizer(optimizer)
         self._meeting = backend().meeting(process_group)
+        self._is_first = True
         self.optimizer = optimizer
         self._sums = GradientSums(optimizer, apply or optimizer.apply)
         self._patches = whole_gradients(optimizer)
@@ -137,7 +139,12 @@ class GradientAccumulator:
         """
         backend().check_add()
         with patched(self._patches), backend().together(self._meeting):
-            self._sums.close(backend().sum_over_replicas(self._sums.parts()))
+            parts = self._sums.parts()
+            if self._is_first:
+                sizes = [math.prod(part.shape) for part in parts]
+                backend().check_alike(len(sizes), sum(sizes))
+            self._is_first = False
+            self._sums.close(backend().sum_over_replicas(parts))
         self.reset()
 
     def reset(self) -> None:

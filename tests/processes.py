@@ -175,7 +175,8 @@ def train(rank, processes, case):
         case: `steps`, `size` of all processes' micro-batches together, and how
             the fit differs: `cut` by `micro_batch_size`; `first`, how many
             examples of a batch the first process has; `lists` of micro-batches;
-            a model that `normalizes`, or `branches`;
+            a model that `normalizes`, or `branches`; one process `stops`; each
+            `validates`;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
             micro-batches with a NaN; `alone`, the `micro_batch_size` of a
             single process.
@@ -219,13 +220,30 @@ def train(rank, processes, case):
         callback = GradientAccumulationCallback(
             micro_batch_size=case.get("alone", 1)
         )
+    callbacks = [callback]
+    if case.get("stops") and rank == 0:
+        stop = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: setattr(
+                model, "stop_training", True
+            )
+        )
+        callbacks.append(stop)
+    validation = {}
+    if case.get("validates"):
+        # One process has eleven examples, the others sixteen.
+        count = 11 if rank == 0 else 16
+        validation = {
+            "validation_data": (x[:count], y[:count]),
+            "validation_batch_size": 8,
+        }
     is_plain = case.get("plain") or processes == 1 and "alone" not in case
     history = model.fit(
         Batches(),
         epochs=2,
         shuffle=False,
         verbose=0,
-        callbacks=[] if is_plain else [callback],
+        callbacks=[] if is_plain else callbacks,
+        **validation,
     ).history
     return model, history
 

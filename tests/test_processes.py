@@ -63,6 +63,8 @@ OF_TWO = {
     name: case for name, case in CASES.items() if name != "fewer micro-batches"
 }
 OTHERS = {
+    "stops": {**STEPS, "stops": True},
+    "validates": {**STEPS, "cut": 3, "validates": True},
     "plain": {**STEPS, "plain": True},
     "normalizes": {
         **STEPS,
@@ -127,6 +129,24 @@ def test_normalization_pools_processes():
     """Each has the moving statistics of all, as if one had them all."""
     (one,) = ran(1)["normalizes"]
     assert_alike(ran(2)["normalizes"], one)
+
+
+@only_on_torch
+@needs_wrapping
+def test_one_process_stops_all():
+    """At the end of the epoch, and none waits for another."""
+    first, second = ran(2)["stops"]
+    assert first["weights"] == second["weights"]
+    assert [len(each["history"]["loss"]) for each in (first, second)] == [1, 1]
+
+
+@only_on_torch
+@needs_wrapping
+def test_processes_validate_batches_of_their_own():
+    """Some are cut and others not: none waits for another."""
+    first, second = ran(2)["validates"]
+    assert first["history"] == second["history"]
+    assert len(first["history"]["val_loss"]) == 2
 
 
 @only_on_torch

@@ -191,6 +191,10 @@ class Runner(abc.ABC):
         """
         return self.update() if is_open else 0
 
+    def has_nothing(self, batch: Any) -> bool:
+        """Whether a batch has no examples, since other processes have some."""
+        return False
+
     def summed(self, number: int) -> int:
         """A number of this process, summed over all that train together."""
         return number

@@ -332,6 +332,9 @@ class Session:
 
     def _measure(self, batches: list[Any]) -> None:
         """Has the losses tried on micro-batches, or parts of a batch."""
+        batches = [b for b in batches if not self._runner.has_nothing(b)]
+        if not batches:
+            return
         self._step.trials.try_on(
             [backend().of_one_replica(batch) for batch in batches],
             self._runner.look,

@@ -18,7 +18,11 @@ from keras import ops
 from kaccum.backends import backend
 from kaccum.backends.arrays import masks_of, with_logits, with_masks
 from kaccum.step import weights
-from kaccum.step.hearing import OF_CALLS, on_assign
+from kaccum.step.hearing import (
+    OF_CALLS,
+    on_assign,
+    on_metrics_of_processes,
+)
 from kaccum.step.recording import heard_by
 
 
@@ -89,6 +93,13 @@ class Outputs:
             return run()
         finally:
             self.is_inside = False
+
+
+class Alone(Outputs):
+    """Is told of no layer: the metrics are those of this process, as else."""
+
+    def hears(self, handler: Callable[..., Any]) -> bool:
+        return handler is on_metrics_of_processes
 
 
 class Heard(Outputs):

@@ -19,7 +19,7 @@ from kaccum.backends.arrays import joined
 from kaccum.patches import patched
 from kaccum.step import hooks
 from kaccum.step.kinds import MEAN, SUM
-from kaccum.step.outputs import Call, Given, Heard
+from kaccum.step.outputs import Alone, Call, Given, Heard
 
 if TYPE_CHECKING:
     from kaccum.step.differences import Differences
@@ -104,7 +104,8 @@ class TestStep:
             The logs.
         """
         if not parts:
-            return test_step(data)
+            with Alone().running():
+                return test_step(data)
         with Given(parts, self._is_sum, backend().joined).running():
             return test_step(data)
 

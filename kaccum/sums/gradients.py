@@ -175,6 +175,8 @@ class GradientSums:
             # Each replica scales by the length of its own windows.
             totals = [total * self.factor for total in totals]
         flags = [[e.is_used, e.is_in_window] for e in self._entries.values()]
+        # What a process knows that has added something.
+        flags.append([self._is_divided is True, self._is_divided is False])
         return [*numbers, *totals, ops.convert_to_tensor(flags, "float32")]
 
     def count_in(self, parts: list[Any]) -> int:
@@ -194,8 +196,15 @@ class GradientSums:
         """
         if self._backend.are_sums_aligned():
             *parts, flags = parts
+            *flags, (means, sums) = flags.tolist()
+            if means and sums:
+                raise ValueError(
+                    "`weight` must be `None` in all processes or in none: "
+                    "losses are sums or means. Received: both."
+                )
+            self._is_divided = means > 0
             for entry, (is_used, is_in_window) in zip(
-                self._entries.values(), flags.tolist()
+                self._entries.values(), flags
             ):
                 entry.is_used = is_used > 0
                 entry.is_in_window = is_in_window > 0

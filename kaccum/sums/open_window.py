@@ -169,7 +169,7 @@ class Sums:
             each.factor = self.parts_of_loss if scales else None
             each.halves = halves
         groups = [each.parts(releases=releases) for each in self.gradients]
-        groups += [each.parts() for each in self._others]
+        groups += [each.parts() for each in [*self._others, *self._compared]]
         flat = [tensor for group in groups for tensor in group]
         if is_first:
             sizes = [math.prod(tensor.shape) for tensor in flat]
@@ -180,7 +180,8 @@ class Sums:
             each.count_in(group) for each, group in zip(self.gradients, summed)
         ):
             return False
-        for member, group in zip(self._members, summed):
+        members = [*self._members, *self._compared]
+        for member, group in zip(members, summed):
             member.close(group)
         return True
 
@@ -214,3 +215,10 @@ class Sums:
     @property
     def _members(self) -> list[GradientSums | LogMean | Moments]:
         return [*self.gradients, *self._others]
+
+    @property
+    def _compared(self) -> list[Proportions]:
+        """What processes compare, beside what they add up."""
+        if self._proportions is None or not self._backend.are_sums_aligned():
+            return []
+        return [self._proportions]

@@ -26,6 +26,8 @@ class Batches:
     def __init__(self, iterator: Iterator[Any], may_stack: bool) -> None:
         self._iterator = iterator
         self._may_stack = may_stack and _Unstacked is not None
+        # Whether Keras's train function takes its batches for stacks.
+        self._is_stacking = self._may_stack
         self._left: Iterator[Any] | None = None
         #: Batches that were stacked, if none of them was pulled by itself.
         self.stack: Any = None
@@ -66,7 +68,13 @@ class Batches:
         pulled = list(itertools.islice(self, count))
         if not pulled:
             raise StopIteration
-        return pulled, Batches(iter(pulled), False)
+        again = Batches(iter(pulled), False)
+        again._is_stacking = self._is_stacking
+        return pulled, again
+
+    def single(self, batch: Any) -> Any:
+        """What Keras's train function gets of a single batch."""
+        return _Unstacked([batch]) if self._is_stacking else batch
 
 
 def length_of(stack: Any) -> int:

@@ -118,17 +118,20 @@ class JaxRunner(Runner):
         self._before = None
 
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
-        if isinstance(batches, Batches):
-            batches.pull()
-            if batches.stack is not None and self._is_compiled:
-                return self._run_stack(batches.stack, closes, is_plain)
+        if not isinstance(batches, Batches):
+            # What a batch was cut into.
+            batches = Batches(batches, False)
+        batches.pull()
+        if batches.stack is not None and self._is_compiled:
+            return self._run_stack(batches.stack, closes, is_plain)
         logs, ran, updates = None, 0, 0
         for is_last in closes:
             batch = next(batches, self)
             if batch is self:
                 break
             if is_plain:
-                logs, state = self._plain(tuple(self._state), iter([batch]))
+                one = iter([batches.single(batch)])
+                logs, state = self._plain(tuple(self._state), one)
                 self._state = State(*state)
                 updates += 1
             else:
@@ -170,16 +173,16 @@ class JaxRunner(Runner):
         """Finds what sums a step has, and the logs that it returns."""
         if not self._is_compiled or self._has_found:
             return
-        self._has_found = True
 
         def traced(state: State, held: list[Any], data: Any) -> Any:
             data = batch_of(data, 0) if is_stack else data
             return self._traced_add(state, held, data)
 
         (logs, _, _), _ = self._find_sums(traced, data)
-        self._logs = keras.tree.map_structure(
+        self._logs = jax.tree.map(
             lambda log: jnp.zeros(log.shape, log.dtype), logs
         )
+        self._has_found = True
 
     def _run_add(self, data: Any) -> Any:
         self._find_first(data, is_stack=False)

@@ -16,6 +16,7 @@ import keras
 import torch
 from torch import distributed
 
+from kaccum.backends import arrays
 from kaccum.backends.base import Backend
 
 
@@ -25,14 +26,21 @@ class Meeting:
     Args:
         group: Which processes they are.
         is_over: Whether this one has no more data in its epoch.
+        stops: Whether a callback in this one ended the training.
     """
 
-    def __init__(self, group: Any, is_over: bool = False) -> None:
+    def __init__(
+        self, group: Any, *, is_over: bool = False, stops: bool = False
+    ) -> None:
         self.group = group
         self.is_over = is_over
+        self.stops = stops
         self.size = distributed.get_world_size(group)
-        #: Whether none has, at the last all-reduce.
+        # As of the last all-reduce.
+        #: Whether no process has more data.
         self.are_all_over = False
+        #: Whether one of them ended the training.
+        self.has_stopped = False
 
 
 class _Thread(threading.local):
@@ -53,6 +61,13 @@ class Processes(Backend):
                 "be accumulated on PyTorch. Received: a "
                 f"{type(distribution).__name__}. Use "
                 "`keras.distribution.DataParallel`."
+            )
+        wraps = distributed.is_initialized() and "ddp_model" in vars(model)
+        if wraps and not model.built:
+            raise RuntimeError(
+                "A model must be built before several processes train it by "
+                "`train_on_batch`: Keras wraps it then. Received: one that is "
+                "not. Give it a `keras.Input`, or call it once."
             )
 
     def devices(self, count: int) -> Any:
@@ -102,16 +117,28 @@ class Processes(Backend):
         dtype = torch.float64 if is_double else torch.float32
         # Counts are the host's; what has most numbers is where gradients are.
         device = max(tensors, key=torch.numel).device
-        over = torch.full((1,), float(meeting.is_over))
+        told = torch.tensor([float(meeting.is_over), float(meeting.stops)])
         flat = [t.detach().reshape(-1).to(device, dtype) for t in tensors]
-        packed = torch.cat([*flat, over.to(device, dtype)])
+        packed = torch.cat([*flat, told.to(device, dtype)])
         distributed.all_reduce(packed, group=meeting.group)
-        *parts, over = packed.split([*(t.numel() for t in tensors), 1])
-        meeting.are_all_over = int(over) == meeting.size
+        *parts, told = packed.split([*(t.numel() for t in tensors), 2])
+        over, stopping = told.tolist()
+        meeting.are_all_over = over == meeting.size
+        meeting.has_stopped = stopping > 0
         return [
             part.reshape(t.shape).to(t.device, t.dtype)
             for part, t in zip(parts, tensors)
         ]
+
+    def has_nothing(self, batch: Any) -> bool:
+        """Whether the examples of a batch are all other processes'."""
+        if self.replicas() == 1:
+            return False
+        try:
+            return arrays.examples_in(batch) == 0
+        except ValueError:
+            # A batch of graphs, say.
+            return False
 
     def as_row(self, value: Any) -> torch.Tensor:
         meeting = _thread.meeting
@@ -143,7 +170,8 @@ class Processes(Backend):
         if own[0] != -own[1] or own[2] != -own[3]:
             raise RuntimeError(
                 "Each process must have trained on a micro-batch before the "
-                "first update, with the same model, for their gradients to be "
-                f"added up. Received: {-least} sums in one process and {most} "
-                "in another. Give each process data."
+                "first update, and run the same layers and losses in it, for "
+                f"their gradients to be added up. Received: {-least} sums in "
+                f"one process and {most} in another. Give each process data, "
+                "and the same model."
             )

@@ -101,7 +101,7 @@ class TorchRunner(AssigningRunner):
             for is_last, batch in zip(closes, batches):
                 if is_plain:
                     logs, made = self._plain([batch]), 1
-                elif self._has_nothing(batch):
+                elif self.has_nothing(batch):
                     logs = self._logs
                     made = self.update() if is_last else 0
                 else:
@@ -112,12 +112,6 @@ class TorchRunner(AssigningRunner):
             raise StopIteration
         return Ran(logs, ran, updates)
 
-    def _has_nothing(self, batch: Any) -> bool:
-        """Whether the examples of a batch are all other processes'."""
-        return self._group is not None and not sum(
-            self._processes.examples_in(batch)
-        )
-
     @torch.no_grad()
     def _run_update(self) -> None:
         self._step.update()
@@ -126,15 +120,20 @@ class TorchRunner(AssigningRunner):
     def update(self) -> int:
         if self._group is None:
             return super().update()
-        return self._update_together(Meeting(self._group))
+        stops = self.model.stop_training
+        return self._update_together(Meeting(self._group, stops=stops))
 
     def end_epoch(self, is_open: bool) -> int:
         if self._group is None:
             return super().end_epoch(is_open)
         # Others may have more data: their updates are this process's, too.
-        meeting, updates = Meeting(self._group, is_over=True), 0
+        stops = self.model.stop_training
+        meeting, updates = Meeting(self._group, is_over=True, stops=stops), 0
         while not meeting.are_all_over:
             updates += self._update_together(meeting)
+        if meeting.has_stopped:
+            # Else the others would wait for it in the next epoch.
+            self.model.stop_training = True
         return updates
 
     @torch.no_grad()
@@ -147,6 +146,10 @@ class TorchRunner(AssigningRunner):
             self._step.empty()
         self._is_first = False
         return int(is_made)
+
+    def has_nothing(self, batch: Any) -> bool:
+        with self._processes.together(self._processes.meeting(self._group)):
+            return self._processes.has_nothing(batch)
 
     def summed(self, number: int) -> int:
         if self._group is None:
