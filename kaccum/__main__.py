@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import importlib.util
 import json
 import platform
@@ -226,7 +225,7 @@ def report(runs: dict[str, Run], options: argparse.Namespace) -> bool:
     written = {
         "device": backend().device_name(),
         "versions": {
-            name: importlib.import_module(name).__version__
+            name: sys.modules[name].__version__
             for name in ("keras", "numpy", keras.backend.backend())
         },
         "python": platform.python_version(),
