@@ -213,14 +213,13 @@ def report(runs: dict[str, Run], options: argparse.Namespace) -> bool:
     Returns:
         Whether each is the large batch.
     """
-    ours = {"steps": runs[KACCUM]} if options.micro_batch_size is None else {}
-    size = options.batch_size // options.steps
-    asked: list[Any] = [None, size, "auto"]
-    for each in asked[len(ours) :]:
-        with_size = argparse.Namespace(**vars(options))
-        with_size.micro_batch_size = each
-        name = "steps" if each is None else f"micro_batch_size={each!r}"
-        ours[name] = train(KACCUM, with_size)
+    ours = {}
+    for size in (None, options.batch_size // options.steps, "auto"):
+        name = "steps" if size is None else f"micro_batch_size={size!r}"
+        asked = argparse.Namespace(**vars(options))
+        asked.micro_batch_size = size
+        is_there = size == options.micro_batch_size
+        ours[name] = runs[KACCUM] if is_there else train(KACCUM, asked)
     truth = runs[LARGE]
     written = {
         "device": backend().device_name(),

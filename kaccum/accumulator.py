@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -81,7 +80,6 @@ class GradientAccumulator:
     ) -> None:
         check_optimizer(optimizer)
         self._meeting = backend().meeting(process_group)
-        self._is_first = True
         self.optimizer = optimizer
         self._sums = GradientSums(optimizer, apply or optimizer.apply)
         self._patches = whole_gradients(optimizer)
@@ -139,12 +137,7 @@ class GradientAccumulator:
         """
         backend().check_add()
         with patched(self._patches), backend().together(self._meeting):
-            parts = self._sums.parts()
-            if self._is_first:
-                sizes = [math.prod(part.shape) for part in parts]
-                backend().check_alike(len(sizes), sum(sizes))
-            self._is_first = False
-            self._sums.close(backend().sum_over_replicas(parts))
+            self._sums.close(backend().sum_over_replicas(self._sums.parts()))
         self.reset()
 
     def reset(self) -> None:

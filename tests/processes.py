@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 
 from tests.pages import ROOT
 
@@ -131,6 +132,14 @@ def build(case):
     import keras
 
     keras.utils.set_random_seed(0)
+    if case.get("heads"):
+        inputs = keras.Input((6,))
+        heads = {n: keras.layers.Dense(1, name=n)(inputs) for n in "ab"}
+        return keras.Model(inputs, heads)
+    if case.get("limit"):
+        return keras.Sequential(
+            [keras.Input((6,)), limited(case["limit"]), keras.layers.Dense(1)]
+        )
     if case.get("branches"):
         inputs = keras.Input((6,))
         outputs = keras.layers.Dense(1)(inputs) + branch()(inputs)
@@ -166,8 +175,33 @@ def branch():
     return Branch()
 
 
+def limited(limit):
+    """A layer that runs out of memory for more examples in the first process.
+
+    (Not where a process is alone.)
+    """
+    import keras
+    import torch
+    from torch import distributed
+
+    class Limited(keras.layers.Layer):
+        """Needs memory."""
+
+        def call(self, inputs, training=None):
+            is_symbolic = isinstance(inputs, keras.KerasTensor)
+            is_first = (
+                distributed.is_initialized() and not distributed.get_rank()
+            )
+            if training and is_first and not is_symbolic:
+                if inputs.shape[0] > limit:
+                    raise torch.OutOfMemoryError("no more memory")
+            return inputs
+
+    return Limited()
+
+
 def train(rank, processes, case):
-    """Trains a model, and returns it, and its history.
+    """Trains a model, and returns it, its history, and what it was told.
 
     Args:
         rank: Which process this is.
@@ -175,8 +209,9 @@ def train(rank, processes, case):
         case: `steps`, `size` of all processes' micro-batches together, and how
             the fit differs: `cut` by `micro_batch_size`; `first`, how many
             examples of a batch the first process has; `lists` of micro-batches;
-            a model that `normalizes`, or `branches`; one process `stops`; each
-            `validates`;
+            a model that `normalizes`, or `branches`, or has two `heads`, or
+            a `limit` of memory; one process `stops`; each `validates`; a
+            `whole` loss;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
             micro-batches with a NaN; `alone`, the `micro_batch_size` of a
             single process.
@@ -202,6 +237,9 @@ def train(rank, processes, case):
             of = np.array(self.batches[index], "int64")
             if case.get("skips") and processes == 1:
                 of = np.setdiff1d(of, case["skips"])
+            if case.get("heads"):
+                both = {"a": weights[of], "b": weights[::-1][of]}
+                return x[of], {"a": y[of], "b": y[of]}, both
             return x[of], y[of], weights[of]
 
     optimizer = keras.optimizers.Adam(0.01, clipnorm=case.get("clipnorm"))
@@ -210,8 +248,11 @@ def train(rank, processes, case):
     reduction = case.get("reduction", "mean_with_sample_weight")
     loss = keras.losses.MeanSquaredError(reduction=reduction)
     model = build(case)
-    model.compile(optimizer, loss, weighted_metrics=["mae"])
+    metrics = None if case.get("heads") else ["mae"]
+    model.compile(optimizer, loss, weighted_metrics=metrics)
     options = {"skip_nonfinite": True} if case.get("skips") else {}
+    if case.get("whole"):
+        options["whole_batch_loss"] = True
     if case.get("cut"):
         callback = GradientAccumulationCallback(micro_batch_size=case["cut"])
     else:
@@ -237,15 +278,26 @@ def train(rank, processes, case):
             "validation_batch_size": 8,
         }
     is_plain = case.get("plain") or processes == 1 and "alone" not in case
-    history = model.fit(
-        Batches(),
-        epochs=2,
-        shuffle=False,
-        verbose=0,
-        callbacks=[] if is_plain else callbacks,
-        **validation,
-    ).history
-    return model, history
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            history = model.fit(
+                Batches(),
+                epochs=2,
+                shuffle=False,
+                verbose=0,
+                callbacks=[] if is_plain else callbacks,
+                **validation,
+            ).history
+        except RuntimeError as error:
+            if not case.get("whole"):
+                raise
+            return model, {}, [str(error)]
+    if case.get("limit") and processes > 1:
+        told = [callback.micro_batch_size]
+    else:
+        told = [str(w.message) for w in told if w.category is UserWarning]
+    return model, history, told
 
 
 def train_by_hand(rank, processes, case):
@@ -285,7 +337,7 @@ def train_by_hand(rank, processes, case):
     if int(accumulator.count):
         accumulator.apply()
     model.optimizer = accumulator.optimizer
-    return model, {}
+    return model, {}, []
 
 
 def main():
@@ -297,11 +349,12 @@ def main():
     for case in json.loads(cases):
         counted.clear()
         how = train_by_hand if case.get("by_hand") else train
-        model, history = how(rank, processes, case)
+        model, history, told = how(rank, processes, case)
         found.append(
             {
                 "weights": [w.ravel().tolist() for w in model.get_weights()],
                 "history": history,
+                "told": told,
                 "updates": int(model.optimizer.iterations),
                 "all_reduces": [*counted],
             }

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from kaccum import GradientAccumulationCallback
-from tests.backends import only_on
+from tests.backends import IS_NEW, only_on
 from tests.test_custom import X, Y, assert_same_training, small
 
 pytestmark = only_on("jax", reason="of JAX")
@@ -181,3 +181,40 @@ def test_a_model_that_is_let_go_of_is_freed():
     for _ in range(3):
         train()
     assert objects() - before < 3 * 50
+
+
+@pytest.mark.skipif(not IS_NEW, reason="Keras stacks no batches")
+def test_a_stack_runs_in_one_call_a_window(monkeypatch):
+    """Windows of three in stacks of six, and of four that span two stacks."""
+    from kaccum.backends.jax.runner import JaxRunner
+
+    calls, traces = [], []
+    moving = JaxRunner._moving
+
+    def counted(self, function, data):
+        calls.append("adds" if function is self._adds else "add")
+        return moving(self, function, data)
+
+    monkeypatch.setattr(JaxRunner, "_moving", counted)
+
+    def loss(y, y_pred):
+        traces.append(len(calls))
+        return ops.square(y - y_pred)
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", loss, steps_per_execution=6)
+    x = np.ones((48, 4), "float32")
+    for steps, expected in ((3, 4), (4, 4)):
+        before = len(traces)
+        for _ in range(2):
+            calls.clear()
+            model.fit(
+                x,
+                x[:, :1],
+                batch_size=4,
+                verbose=0,
+                callbacks=[GradientAccumulationCallback(steps)],
+            )
+            assert calls == ["adds"] * expected
+    # For windows of another length, and in a second fit, nothing is traced.
+    assert len(traces) == before

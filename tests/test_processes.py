@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from kaccum import GradientAccumulator
+from kaccum import GradientAccumulationCallback, GradientAccumulator
 from tests import processes
 from tests.backends import BACKEND, IS_NEW, only_on
 from tests.pages import ROOT, examples_of
@@ -29,6 +29,7 @@ CASES = {
     "cut, unequal": {**STEPS, "cut": 3, "first": 2},
     "scaled": {**STEPS, "scales": True},
     "cut, unequal, scaled": {**STEPS, "cut": 3, "first": 2, "scales": True},
+    "auto": {**STEPS, "cut": "auto", "limit": 3},
     "a NaN": {
         **STEPS,
         "skips": [0, 1, 2, 3],
@@ -63,6 +64,8 @@ OF_TWO = {
     name: case for name, case in CASES.items() if name != "fewer micro-batches"
 }
 OTHERS = {
+    "heads": {"steps": 1, "size": 8, "heads": True},
+    "whole": {**STEPS, "whole": True},
     "stops": {**STEPS, "stops": True},
     "validates": {**STEPS, "cut": 3, "validates": True},
     "plain": {**STEPS, "plain": True},
@@ -147,6 +150,48 @@ def test_processes_validate_batches_of_their_own():
     first, second = ran(2)["validates"]
     assert first["history"] == second["history"]
     assert len(first["history"]["val_loss"]) == 2
+
+
+@only_on_torch
+@needs_wrapping
+def test_a_process_finds_its_own_size():
+    """The other one has memory."""
+    first, second = ran(2)["auto"]
+    assert (first["told"], second["told"]) == ([2], [16])
+
+
+@only_on_torch
+@needs_wrapping
+def test_denominators_that_differ_between_processes_are_told():
+    """Each process has one micro-batch a window, so nothing to compare."""
+    for each in ran(2)["heads"]:
+        (message,) = each["told"]
+        assert "proportions that differ by" in message
+
+
+@only_on_torch
+@needs_wrapping
+def test_losses_of_the_whole_batch_are_refused_in_processes():
+    """Outputs are not gathered."""
+    for each in ran(2)["whole"]:
+        (message,) = each["told"]
+        assert "Received: a model of 2 replicas" in message
+
+
+@only_on_torch
+def test_models_in_parts_are_refused(monkeypatch):
+    """Each process must hold the whole model."""
+    parallel = object.__new__(keras.distribution.ModelParallel)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: parallel)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(RuntimeError, match="Received: a ModelParallel"):
+        model.fit(
+            np.ones((4, 1)),
+            np.ones((4, 1)),
+            batch_size=2,
+            callbacks=[GradientAccumulationCallback(2)],
+        )
 
 
 @only_on_torch

@@ -266,6 +266,9 @@ class Backend(abc.ABC):
         """The tensors, each summed over the replicas, in a single all-reduce.
 
         To be called by every replica.
+
+        Raises:
+            RuntimeError: If processes have different ones.
         """
         return list(tensors)
 
@@ -292,13 +295,6 @@ class Backend(abc.ABC):
         Where each knows of its own gradients only.
         """
         return False
-
-    def check_alike(self, count: int, elements: int) -> None:
-        """Checks that each replica has as many sums, and as large ones.
-
-        Raises:
-            RuntimeError: On all of them, if not.
-        """
 
     def shown(self, value: Any) -> Any:
         """What of a number of one replica Keras shows as it is."""

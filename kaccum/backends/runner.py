@@ -72,10 +72,12 @@ class Step(Protocol):
     ) -> AbstractContextManager[None]:
         """A context in which `train_step` is that of the model."""
 
-    def update(
-        self, *, may_be_empty: bool = False, is_first: bool = False
-    ) -> bool:
-        """Makes the update of the open window. `empty` is to come next."""
+    def update(self) -> bool:
+        """Makes the update of the open window. `empty` is to come next.
+
+        Returns:
+            Whether there is one.
+        """
 
     def empty(self) -> None:
         """Makes the sums of the window zero."""

@@ -243,28 +243,18 @@ class TrainingStep:
         """What `update` depends on, if it is compiled."""
         return len(self.sums.all)
 
-    def update(
-        self, *, may_be_empty: bool = False, is_first: bool = False
-    ) -> bool:
+    def update(self) -> bool:
         """Makes the update of the open window, on each replica.
 
         The sums are to be emptied next.
 
-        Args:
-            may_be_empty: Whether no replica need have added anything.
-            is_first: Whether to check that their sums are alike.
-
         Returns:
-            Whether there is one.
+            As of `Sums.close`.
         """
         releases = self._releases and not self.model.jit_compile
         with patched(self._whole_gradients if self._has_replicas else []):
             return self.sums.close(
-                releases=releases,
-                scales=self.scales,
-                halves=self._halves,
-                may_be_empty=may_be_empty,
-                is_first=is_first,
+                releases=releases, scales=self.scales, halves=self._halves
             )
 
     def empty(self) -> None:

@@ -150,7 +150,21 @@ class GradientSums:
             return self._aligned_parts()
         take = backend.take if releases else backend.values_of
         numbers = backend.values_of(self._numbers)
-        return [*numbers, *take(self._totals)]
+        return [*numbers, *self._scaled(take(self._totals))]
+
+    def _scaled(self, totals: list[Any]) -> list[Any]:
+        """What the sums hold, as if no loss had been scaled down."""
+        if self.factor is None:
+            return totals
+        entries = [*self._with_totals, *self._with_undivided]
+        return [
+            (
+                total
+                if entry.is_overwritten
+                else total * ops.cast(self.factor, total.dtype)
+            )
+            for total, entry in zip(totals, entries)
+        ]
 
     def _aligned_parts(self) -> list[Any]:
         """The same, with a sum for every variable, and which have gradients.
@@ -170,10 +184,7 @@ class GradientSums:
                 [_spec_of(entry.variable, entry.variable)]
             )
         numbers = self._backend.values_of(self._numbers)
-        totals = self._backend.values_of(self._totals)
-        if self.factor is not None:
-            # Each replica scales by the length of its own windows.
-            totals = [total * self.factor for total in totals]
+        totals = self._scaled(self._backend.values_of(self._totals))
         flags = [[e.is_used, e.is_in_window] for e in self._entries.values()]
         # What a process knows that has added something.
         flags.append([self._is_divided is True, self._is_divided is False])
@@ -356,11 +367,6 @@ class GradientSums:
         ]
         if not self._is_divided and self._once:
             self._subtract_repetitions(gradients, count - 1)
-        if self.factor is not None and not self._backend.are_sums_aligned():
-            gradients = [
-                g if g is None or entry.is_overwritten else g * self.factor
-                for g, entry in zip(gradients, used)
-            ]
         gradients = [
             _overflown(g) if id(entry.variable) in self.halves else g
             for g, entry in zip(gradients, used)
@@ -384,8 +390,8 @@ class GradientSums:
             if term is not None and gradients[i] is not None:
                 dtype = gradients[i].dtype
                 term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
-                if self.factor is not None and self._backend.are_sums_aligned():
-                    term = term * self.factor
+                if self.factor is not None:
+                    term = term * ops.cast(self.factor, dtype)
                 gradients[i] -= term
 
 

@@ -65,11 +65,6 @@ class Moments(Totals):
         pooled = chosen(kept, _pooled(old, new), old)
         self._backend.assign(self.sums, pooled)
 
-    def parts(self) -> list[Any]:
-        """What each replica has, a row each: the others' are zeros."""
-        values = self._backend.values_of(self.sums)
-        return [self._backend.as_row(value) for value in values]
-
     def close(self, parts: list[Any]) -> None:
         """Moves the layer's averages, if it was called in the window.
 

@@ -147,8 +147,6 @@ class Sums:
         releases: bool,
         scales: bool,
         halves: Collection[int] = (),
-        may_be_empty: bool = False,
-        is_first: bool = False,
     ) -> bool:
         """Makes the update of the open window, on each replica.
 
@@ -159,11 +157,10 @@ class Sums:
             scales: Whether the losses were scaled down.
             halves: The `id`s of variables whose gradient would have been of
                 float16.
-            may_be_empty: Whether there need be nothing on any replica.
-            is_first: Whether to check that all replicas have the same sums.
 
         Returns:
-            Whether there was something to make an update of.
+            Whether there is one: processes may find that none had a
+            micro-batch.
         """
         for each in self.gradients:
             each.factor = self.parts_of_loss if scales else None
@@ -171,12 +168,9 @@ class Sums:
         groups = [each.parts(releases=releases) for each in self.gradients]
         groups += [each.parts() for each in [*self._others, *self._compared]]
         flat = [tensor for group in groups for tensor in group]
-        if is_first:
-            sizes = [math.prod(tensor.shape) for tensor in flat]
-            self._backend.check_alike(len(sizes), sum(sizes))
         parts = iter(self._backend.sum_over_replicas(flat))
         summed = [[next(parts) for _ in group] for group in groups]
-        if may_be_empty and not sum(
+        if self._backend.are_sums_aligned() and not sum(
             each.count_in(group) for each, group in zip(self.gradients, summed)
         ):
             return False

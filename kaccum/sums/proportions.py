@@ -45,11 +45,6 @@ class Proportions(Totals):
         self._backend.assign(self.sums, chosen(kept, new, first))
         self._backend.assign(self.kept, chosen(kept, [off], [largest]))
 
-    def parts(self) -> list[Any]:
-        """The first micro-batch's, a row for each replica."""
-        values = self._backend.values_of(self.sums)
-        return [self._backend.as_row(value) for value in values]
-
     def close(self, parts: list[Any]) -> None:
         """Compares the first micro-batches of the replicas.
 

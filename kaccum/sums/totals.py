@@ -27,6 +27,11 @@ class Totals:
             [SumSpec(shape, dtype) for shape in shapes]
         )
 
+    def parts(self) -> list[Any]:
+        """What each replica has, a row each: the others' are zeros."""
+        values = self._backend.values_of(self.sums)
+        return [self._backend.as_row(value) for value in values]
+
     def empty(self) -> None:
         """Makes all of them zero."""
         self._backend.empty(self.sums)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import keras
+import jax
 from keras.src.trainers.data_adapters import data_adapter_utils
 
 # What `fit` makes of batches that it could not stack, from Keras 3.16 on; there
@@ -25,9 +25,8 @@ class Batches:
 
     def __init__(self, iterator: Iterator[Any], may_stack: bool) -> None:
         self._iterator = iterator
+        # Whether Keras's train function takes batches for stacks.
         self._may_stack = may_stack and _Unstacked is not None
-        # Whether Keras's train function takes its batches for stacks.
-        self._is_stacking = self._may_stack
         self._left: Iterator[Any] | None = None
         #: Batches that were stacked, if none of them was pulled by itself.
         self.stack: Any = None
@@ -36,11 +35,8 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        if not self._may_stack:
-            return next(self._iterator)
         self.pull()
-        assert self._left is not None
-        batch = next(self._left)
+        batch = next(self._iterator if self._left is None else self._left)
         self.stack = None
         return batch
 
@@ -59,32 +55,32 @@ class Batches:
         self.stack = pulled
         self._left = (batch_of(pulled, i) for i in range(length_of(pulled)))
 
-    def peek(self, count: int) -> tuple[list[Any], Any]:
-        """The next batches, so many at most, and what has them all."""
+    def peek(self, count: int) -> list[Any]:
+        """The next batches, so many at most, which are still to come.
+
+        Raises:
+            StopIteration: If there are none.
+        """
         self.pull()
-        if self.stack is not None:
-            most = min(count, length_of(self.stack))
-            return [batch_of(self.stack, i) for i in range(most)], self
+        stack = self.stack
         pulled = list(itertools.islice(self, count))
         if not pulled:
             raise StopIteration
-        again = Batches(iter(pulled), False)
-        again._is_stacking = self._is_stacking
-        return pulled, again
+        following = self._iterator if self._left is None else self._left
+        self._left = itertools.chain(pulled, following)
+        self.stack = stack
+        return pulled
 
     def single(self, batch: Any) -> Any:
         """What Keras's train function gets of a single batch."""
-        return _Unstacked([batch]) if self._is_stacking else batch
+        return _Unstacked([batch]) if self._may_stack else batch
 
 
 def length_of(stack: Any) -> int:
     """How many batches a stack has."""
-    leaves = keras.tree.flatten(stack)
-    return int(next(x for x in leaves if x is not None).shape[0])
+    return int(jax.tree.leaves(stack)[0].shape[0])
 
 
 def batch_of(stack: Any, index: Any) -> Any:
     """A batch of a stack: of its place, an int or a scalar."""
-    return keras.tree.map_structure(
-        lambda x: None if x is None else x[index], stack
-    )
+    return jax.tree.map(lambda x: x[index], stack)

@@ -79,8 +79,7 @@ class JaxRunner(Runner):
         self._may_stack = is_for_fit and self.model.steps_per_execution > 1
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
-        found: tuple[list[Any], Any] = batches.peek(count)
-        return found
+        return batches.peek(count), batches
 
     def told(self, function: Callable[[int], Any], updates: int) -> None:
         # It may look at the model, and change it.
@@ -160,14 +159,7 @@ class JaxRunner(Runner):
 
     def _run_adds(self, stack: Any, start: int, stop: int) -> Any:
         self._find_first(stack, is_stack=True)
-        which = (stack, start, stop, self._logs)
-        logs, non_trainable, metrics = self._call(
-            self._adds, self._state, which
-        )
-        self._state = self._state._replace(
-            non_trainable=non_trainable, metrics=metrics
-        )
-        return logs
+        return self._moving(self._adds, (stack, start, stop, self._logs))
 
     def _find_first(self, data: Any, *, is_stack: bool) -> None:
         """Finds what sums a step has, and the logs that it returns."""
@@ -186,11 +178,15 @@ class JaxRunner(Runner):
 
     def _run_add(self, data: Any) -> Any:
         self._find_first(data, is_stack=False)
-        logs, non_trainable, metrics = self._call(self._add, self._state, data)
+        return self._moving(self._add, data)
+
+    def _moving(self, function: Any, data: Any) -> Any:
+        """What a compiled function returns that may not update."""
+        result, non_trainable, metrics = self._call(function, self._state, data)
         self._state = self._state._replace(
             non_trainable=non_trainable, metrics=metrics
         )
-        return logs
+        return result
 
     @contextlib.contextmanager
     def with_state(self) -> Iterator[None]:
@@ -214,13 +210,7 @@ class JaxRunner(Runner):
             self._passes[name] = self._compiled(traced, donated=[1])
             if self._is_compiled:
                 self._find_sums(traced, data)
-        result, non_trainable, metrics = self._call(
-            self._passes[name], self._state, data
-        )
-        self._state = self._state._replace(
-            non_trainable=non_trainable, metrics=metrics
-        )
-        return result
+        return self._moving(self._passes[name], data)
 
     def state(self) -> list[Any]:
         state: list[Any] = self._state.non_trainable

@@ -16,7 +16,6 @@ import keras
 import torch
 from torch import distributed
 
-from kaccum.backends import arrays
 from kaccum.backends.base import Backend
 
 
@@ -25,17 +24,17 @@ class Meeting:
 
     Args:
         group: Which processes they are.
-        is_over: Whether this one has no more data in its epoch.
-        stops: Whether a callback in this one ended the training.
     """
 
-    def __init__(
-        self, group: Any, *, is_over: bool = False, stops: bool = False
-    ) -> None:
+    def __init__(self, group: Any) -> None:
         self.group = group
-        self.is_over = is_over
-        self.stops = stops
         self.size = distributed.get_world_size(group)
+        #: Whether they were seen to have the same sums.
+        self.is_checked = False
+        #: Whether this one has no more data in its epoch.
+        self.is_over = False
+        #: Whether a callback in this one ended the training.
+        self.stops = False
         # As of the last all-reduce.
         #: Whether no process has more data.
         self.are_all_over = False
@@ -119,6 +118,11 @@ class Processes(Backend):
         device = max(tensors, key=torch.numel).device
         told = torch.tensor([float(meeting.is_over), float(meeting.stops)])
         flat = [t.detach().reshape(-1).to(device, dtype) for t in tensors]
+        if not meeting.is_checked:
+            _check_alike(
+                len(flat), sum(map(torch.numel, flat)), meeting, device
+            )
+            meeting.is_checked = True
         packed = torch.cat([*flat, told.to(device, dtype)])
         distributed.all_reduce(packed, group=meeting.group)
         *parts, told = packed.split([*(t.numel() for t in tensors), 2])
@@ -129,16 +133,6 @@ class Processes(Backend):
             part.reshape(t.shape).to(t.device, t.dtype)
             for part, t in zip(parts, tensors)
         ]
-
-    def has_nothing(self, batch: Any) -> bool:
-        """Whether the examples of a batch are all other processes'."""
-        if self.replicas() == 1:
-            return False
-        try:
-            return arrays.examples_in(batch) == 0
-        except ValueError:
-            # A batch of graphs, say.
-            return False
 
     def as_row(self, value: Any) -> torch.Tensor:
         meeting = _thread.meeting
@@ -152,26 +146,23 @@ class Processes(Backend):
     def rows_of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return list(tensor.unbind())
 
-    def check_alike(self, count: int, elements: int) -> None:
-        """Checks that each process has as many sums, and as large ones.
 
-        Raises:
-            RuntimeError: In all processes, if not.
-        """
-        meeting = _thread.meeting
-        if meeting is None:
-            return
-        own = torch.tensor([count, -count, elements, -elements])
-        own = own.to(keras.ops.zeros(()).device)
-        distributed.all_reduce(
-            own, distributed.ReduceOp.MAX, group=meeting.group
+def _check_alike(
+    count: int, elements: int, meeting: Meeting, device: torch.device
+) -> None:
+    """Checks that each process has as many sums, and as large ones.
+
+    Raises:
+        RuntimeError: In all processes, if not.
+    """
+    own = torch.tensor([count, -count, elements, -elements], device=device)
+    distributed.all_reduce(own, distributed.ReduceOp.MAX, group=meeting.group)
+    most, least, largest, smallest = own.tolist()
+    if (most, largest) != (-least, -smallest):
+        raise RuntimeError(
+            "Each process must have trained on a micro-batch before the first "
+            "update, and run the same layers and losses in it, for their "
+            f"gradients to be added up. Received: {-least} sums in one process "
+            f"and {most} in another. Give each process data, and the same "
+            "model."
         )
-        most, least, _, _ = own.tolist()
-        if own[0] != -own[1] or own[2] != -own[3]:
-            raise RuntimeError(
-                "Each process must have trained on a micro-batch before the "
-                "first update, and run the same layers and losses in it, for "
-                f"their gradients to be added up. Received: {-least} sums in "
-                f"one process and {most} in another. Give each process data, "
-                "and the same model."
-            )

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import torch
 
+from kaccum.backends import arrays
 from kaccum.backends.runner import AssigningRunner, Ran, Step
 from kaccum.backends.tester import AssigningTester
 from kaccum.backends.torch.processes import Meeting, Processes
@@ -22,15 +23,14 @@ class TorchRunner(AssigningRunner):
     ) -> None:
         super().__init__(model, step, backend)
         self._processes = backend
-        self._group: Any = None
-        self._is_first = True
+        self._meeting: Meeting | None = None
         # Of the last micro-batch that had examples.
         self._logs: Any = {}
 
     def start(self, *, is_for_fit: bool) -> None:
         super().start(is_for_fit=is_for_fit)
-        self._group = self._processes.group_of(self.model)
-        self._is_first = True
+        group = self._processes.group_of(self.model)
+        self._meeting = self._processes.meeting(group)
 
     def _add(self, data: Any) -> Any:
         with self._looking():
@@ -95,9 +95,7 @@ class TorchRunner(AssigningRunner):
         logs, ran, updates = None, 0, 0
         # Once for all of them: an update is not a step.
         place = contextlib.nullcontext() if is_plain else self._step.overheard()
-        with place, self._processes.together(
-            self._processes.meeting(self._group)
-        ):
+        with place, self._processes.together(self._meeting):
             for is_last, batch in zip(closes, batches):
                 if is_plain:
                     logs, made = self._plain([batch]), 1
@@ -118,43 +116,43 @@ class TorchRunner(AssigningRunner):
         self._step.empty()
 
     def update(self) -> int:
-        if self._group is None:
+        if self._meeting is None:
             return super().update()
-        stops = self.model.stop_training
-        return self._update_together(Meeting(self._group, stops=stops))
+        return self._update_together(self._meeting, is_over=False)
 
     def end_epoch(self, is_open: bool) -> int:
-        if self._group is None:
+        meeting, updates = self._meeting, 0
+        if meeting is None:
             return super().end_epoch(is_open)
         # Others may have more data: their updates are this process's, too.
-        stops = self.model.stop_training
-        meeting, updates = Meeting(self._group, is_over=True, stops=stops), 0
+        meeting.are_all_over = False
         while not meeting.are_all_over:
-            updates += self._update_together(meeting)
+            updates += self._update_together(meeting, is_over=True)
         if meeting.has_stopped:
             # Else the others would wait for it in the next epoch.
             self.model.stop_training = True
         return updates
 
     @torch.no_grad()
-    def _update_together(self, meeting: Meeting) -> int:
+    def _update_together(self, meeting: Meeting, *, is_over: bool) -> int:
         """Makes the update of all processes' sums, if any has some."""
+        meeting.is_over, meeting.stops = is_over, self.model.stop_training
         with self._processes.together(meeting):
-            is_made = self._step.update(
-                may_be_empty=True, is_first=self._is_first
-            )
+            is_made = self._step.update()
             self._step.empty()
-        self._is_first = False
         return int(is_made)
 
     def has_nothing(self, batch: Any) -> bool:
-        with self._processes.together(self._processes.meeting(self._group)):
-            return self._processes.has_nothing(batch)
+        if self._meeting is None:
+            return False
+        try:
+            return arrays.examples_in(batch) == 0
+        except ValueError:
+            # A batch of graphs, say.
+            return False
 
     def summed(self, number: int) -> int:
-        if self._group is None:
-            return super().summed(number)
-        with self._processes.together(self._processes.meeting(self._group)):
+        with self._processes.together(self._meeting):
             (total,) = self._processes.sum_over_replicas(
                 [keras.ops.convert_to_tensor(number, "int32")]
             )
