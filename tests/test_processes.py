@@ -179,6 +179,15 @@ def test_losses_of_the_whole_batch_are_refused_in_processes():
 
 
 @only_on_torch
+def test_a_process_that_adds_nothing_is_told_to_all():
+    """Its sums are not those of the others, and none waits for them."""
+    case = {**STEPS, "by_hand": True, "silent": True}
+    for each in processes.run(2, [case])[0]:
+        (message,) = each["told"]
+        assert "Each process must have trained on a micro-batch" in message
+
+
+@only_on_torch
 def test_models_in_parts_are_refused(monkeypatch):
     """Each process must hold the whole model."""
     parallel = object.__new__(keras.distribution.ModelParallel)
