@@ -10,8 +10,14 @@ The rooms, each of which knows those below it only:
 - `sums`: what the open window holds, and what an update makes of it.
 - `backends`: how TensorFlow, JAX and PyTorch do all that.
 
+`versions` says how old what they need may be.
 `docs/life-of-a-micro-batch.rst` follows a micro-batch through them.
 """
+
+from kaccum import versions
+
+# In a sentence, before what is too old fails in another way.
+versions.check()
 
 from kaccum.accumulate import accumulate
 from kaccum.accumulator import GradientAccumulator

@@ -359,14 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.replicas > 1:
         options.devices = backend().devices(options.replicas)
-    backend().use_full_precision()
-    if options.device is None:
-        return compare(options)
     name = options.device
-    if keras.backend.backend() == "torch" and name.startswith("cpu"):
+    if keras.backend.backend() == "torch" and (name or "").startswith("cpu"):
         # To PyTorch "cpu:0" is another device: weights would be copies.
         name = "cpu"
-    with keras.device(name):
+    place = contextlib.nullcontext() if name is None else keras.device(name)
+    with backend().full_precision(), place:
         return compare(options)
 
 

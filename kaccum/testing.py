@@ -280,6 +280,9 @@ def assert_same_fit(
 ) -> None:
     """Asserts that a model trains in micro-batches as on large batches.
 
+    Both fits multiply float32 in full: a GPU that rounds products to 10 bits
+    of the mantissa (TF32) would differ between batches of two sizes.
+
     Args:
         run: How to train, as of `runs`.
         build: Function that returns a compiled model, always with the same
@@ -356,7 +359,7 @@ def _fit(
             f"{examples_in(arrays)} for {run}."
         )
     x, y, weights = part_of(arrays, 0, run.examples)
-    with warnings.catch_warnings():
+    with backend().full_precision(), warnings.catch_warnings():
         # Drawn runs have such windows on purpose.
         for mistake in ("`steps` must not be more", "`micro_batch_size` must"):
             warnings.filterwarnings("ignore", mistake)

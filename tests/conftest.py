@@ -152,7 +152,6 @@ def device(request):
 
     from kaccum.backends import backend
 
-    backend().use_full_precision()
     chosen = request.config.getoption("--device")
     if chosen is None and keras_backend() == "tensorflow":
         import tensorflow as tf
@@ -160,7 +159,8 @@ def device(request):
         gpus = tf.config.list_physical_devices("GPU")
         # The first of several parts of the processor.
         chosen = "gpu:0" if gpus else "cpu:0"
-    with keras.device(chosen) if chosen else contextlib.nullcontext():
+    place = keras.device(chosen) if chosen else contextlib.nullcontext()
+    with backend().full_precision(), place:
         yield
 
 

@@ -6,11 +6,13 @@ trains as the JSON of each case says, one after the other, and prints what came
 of them as JSON. Alone, it trains on the large batches.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 
 from tests.pages import ROOT
@@ -200,6 +202,11 @@ def limited(limit):
     return Limited()
 
 
+def interrupt():
+    """As a machine that is taken away."""
+    raise KeyboardInterrupt
+
+
 def train(rank, processes, case):
     """Trains a model, and returns it, its history, and what it was told.
 
@@ -210,7 +217,8 @@ def train(rank, processes, case):
             the fit differs: `cut` by `micro_batch_size`; `first`, how many
             examples of a batch the first process has; `lists` of micro-batches;
             a model that `normalizes`, or `branches`, or has two `heads`, or
-            a `limit` of memory; one process `stops`; each `validates`; a
+            a `limit` of memory; one process `stops`; each `validates`; each is
+            `killed` after an epoch, and goes on from its `BackupAndRestore`; a
             `whole` loss; a first process that is `silent` and adds nothing;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
             micro-batches with a NaN; `alone`, the `micro_batch_size` of a
@@ -277,6 +285,25 @@ def train(rank, processes, case):
             "validation_data": (x[:count], y[:count]),
             "validation_batch_size": 8,
         }
+    if case.get("killed") and processes > 1:
+        folder = tempfile.mkdtemp()
+        killing = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: interrupt() if epoch else None
+        )
+        saving = keras.callbacks.BackupAndRestore(folder)
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(
+                Batches(),
+                epochs=2,
+                shuffle=False,
+                verbose=0,
+                callbacks=[*callbacks, saving, killing],
+            )
+        # As a process that starts again has it.
+        model = build(case)
+        optimizer = type(optimizer).from_config(optimizer.get_config())
+        model.compile(optimizer, loss, weighted_metrics=metrics)
+        callbacks.append(keras.callbacks.BackupAndRestore(folder))
     is_plain = case.get("plain") or processes == 1 and "alone" not in case
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -147,7 +147,7 @@ BAD_CALLS = {
     "steps=int64(0)": (
         of(np.int64(0)),
         ValueError,
-        STEPS + "np.int64(0) (int64).",
+        STEPS + f"{np.int64(0)!r} (int64).",
     ),
     "steps=2.5": (of(2.5), TypeError, STEPS + "2.5 (float)."),
     "steps=4.0": (

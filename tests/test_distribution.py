@@ -115,8 +115,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras, numpy as np
 index, folder = int(sys.argv[1]), sys.argv[2]
 {start}
-from kaccum.backends import backend
-backend().use_full_precision()
 from tests import test_distribution as tests
 tests.train(tests.PROBLEM, index, folder)
 """

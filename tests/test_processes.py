@@ -67,6 +67,7 @@ OTHERS = {
     "heads": {"steps": 1, "size": 8, "heads": True},
     "whole": {**STEPS, "whole": True},
     "stops": {**STEPS, "stops": True},
+    "killed": {**STEPS, "killed": True},
     "validates": {**STEPS, "cut": 3, "validates": True},
     "plain": {**STEPS, "plain": True},
     "normalizes": {
@@ -141,6 +142,15 @@ def test_one_process_stops_all():
     first, second = ran(2)["stops"]
     assert first["weights"] == second["weights"]
     assert [len(each["history"]["loss"]) for each in (first, second)] == [1, 1]
+
+
+@only_on_torch
+@needs_wrapping
+def test_processes_go_on_from_checkpoints():
+    """Law 6: each from its own, as if nothing had happened."""
+    (one,) = ran(1)["weights"]
+    second = {name: log[1:] for name, log in one["history"].items()}
+    assert_alike(ran(2)["killed"], {**one, "history": second})
 
 
 @only_on_torch

@@ -1,6 +1,8 @@
 """`kaccum.testing`: it lets right fits pass, and no wrong ones."""
 
+import contextlib
 import dataclasses
+import sys
 
 import hypothesis
 import keras
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 
 from kaccum import testing
+from kaccum.backends import backend
 from kaccum.testing import Run, assert_same, assert_same_fit, runs
-from tests.backends import BACKEND
+from tests.backends import BACKEND, tf
 from tests.profiles import drawn
 
 X, Y = np.random.default_rng(0).normal(size=(2, 40, 3)).astype("float32")
@@ -154,6 +157,49 @@ def test_callbacks_are_those_of_both_fits():
     )
     assert_same_fit(Run(8, 2, 2), build, X, Y, callbacks=[count])
     assert [int(optimizer.iterations) for optimizer in updates] == [2, 2]
+
+
+def precision():
+    """What a GPU multiplies float32 in; PyTorch tells convolutions apart."""
+    if BACKEND == "tensorflow":
+        return tf.config.experimental.tensor_float_32_execution_enabled()
+    framework = sys.modules[BACKEND]
+    if BACKEND == "jax":
+        return framework.config.jax_default_matmul_precision
+    backends = framework.backends
+    kinds = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    return [kind.fp32_precision for kind in kinds]
+
+
+def round_products():
+    """As a user's program may have a GPU do."""
+    if BACKEND == "tensorflow":
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+    elif BACKEND == "jax":
+        framework = sys.modules[BACKEND]
+        return framework.default_matmul_precision("tensorfloat32")
+    else:
+        backends = sys.modules[BACKEND].backends
+        backends.cuda.matmul.fp32_precision = "tf32"
+        backends.cudnn.conv.fp32_precision = "tf32"
+    return contextlib.nullcontext()
+
+
+def test_both_fits_multiply_in_full_precision():
+    """Also where the program has a GPU round products (TF32)."""
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: seen.append(precision())
+    )
+    # The tests' own.
+    full = precision()
+    with backend().full_precision(), round_products():
+        rounded = precision()
+        assert rounded != full
+        assert_same_fit(Run(8, 2, 2), build, X, Y, callbacks=[look])
+        assert seen == [full, full]
+        assert precision() == rounded
+    assert precision() == full
 
 
 def test_the_optimizer_is_as_before_afterwards():

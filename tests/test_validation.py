@@ -85,7 +85,7 @@ def built(outputs, inputs=None, loss="mse", metrics=("mae",), **options):
         inputs = keras.Input((6,))
         outputs = outputs(inputs)
     model = keras.Model(inputs, outputs)
-    model.compile("sgd", loss, metrics=list(metrics), **options)
+    model.compile("sgd", loss, metrics=list(metrics) or None, **options)
     return model
 
 

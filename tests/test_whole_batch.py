@@ -236,7 +236,7 @@ def compiled(make, loss, metrics=(), optimizer=None, **options):
     keras.utils.set_random_seed(0)
     model = make()
     optimizer = optimizer or keras.optimizers.Adam(0.01, epsilon=1e-3)
-    model.compile(optimizer, loss, metrics=list(metrics), **options)
+    model.compile(optimizer, loss, metrics=list(metrics) or None, **options)
     return model
 
 

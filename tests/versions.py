@@ -1,10 +1,11 @@
 """Runs the tests on the oldest, the newest and the nightly versions.
 
     python -m tests.versions
+    python -m tests.versions oldest --backends torch jax
 
-Each in a fresh environment; takes minutes and prints a table. The oldest are
-the lower bounds in setup.cfg, on the oldest Python it claims (if `PATH` has
-that, as in `python3.10`).
+On each backend, in a fresh environment that has no other backend; it takes an
+hour and prints a table. The oldest are the lower bounds in setup.cfg, on the
+oldest Python that they run on (if `PATH` has that, as in `python3.10`).
 """
 
 import argparse
@@ -20,72 +21,85 @@ from pathlib import Path
 
 CONFIG = configparser.ConfigParser()
 CONFIG.read(Path(__file__).parent.parent / "setup.cfg")
-ROW = "{:8} {:8} {:8} {:10} {:22} {}"
+EXTRAS = CONFIG["options.extras_require"]
+BACKENDS = ("tensorflow", "jax", "torch")
+CASES = ("oldest", "newest", "nightly")
+ROW = "{:8} {:11} {:8} {:8} {:12} {:22} {}"
 
 
-def oldest():
-    """The lower bounds of what kaccum requires, as pip writes them."""
-    requirements = CONFIG["options"]["install_requires"].split()
-    return [each.replace(">=", "==") for each in requirements]
+def needed(backend):
+    """What kaccum and its tests require on a backend, as setup.cfg has it."""
+    tools = EXTRAS["test"].split()
+    return [
+        *CONFIG["options"]["install_requires"].split(),
+        *EXTRAS[backend].split(),
+        *(each for each in tools if not each.startswith("tensorflow")),
+    ]
 
 
-def oldest_python():
-    """The oldest Python that kaccum claims, or this one."""
-    name = "python" + CONFIG["options"]["python_requires"].removeprefix(">=")
+def oldest_python(backend):
+    """The oldest Python that kaccum claims and JAX has, or this one."""
+    oldest = CONFIG["options"]["python_requires"].removeprefix(">=")
+    name = "python" + ("3.11" if backend == "jax" else oldest)
     return shutil.which(name) or sys.executable
 
 
-# Which Python, and what its `pip` is told.
-CASES = {
-    "oldest": (oldest_python(), ["install", ".[test]", *oldest()]),
-    "newest": (
-        sys.executable,
-        ["install", "--upgrade-strategy=eager", "--upgrade", ".[test]"],
-    ),
-    # It brings the package `keras` too, so it goes over the released one.
-    "nightly": (
-        sys.executable,
-        ["install", ".[test]"],
-        ["uninstall", "--yes", "keras"],
-        ["install", "--pre", "keras-nightly"],
-    ),
-}
+def steps_of(case, backend):
+    """Which Python runs a case, and what its `pip` is told, in order."""
+    packages = needed(backend)
+    if case == "oldest":
+        packages = [each.replace(">=", "==") for each in packages]
+        return oldest_python(backend), [["install", ".", *packages]]
+    upgrade = ["--upgrade", "--upgrade-strategy=eager"]
+    steps = [["install", *upgrade, ".", *packages]]
+    if case == "nightly":
+        # It brings the package `keras` too, so it takes the place of that.
+        steps.append(["uninstall", "--yes", "keras"])
+        steps.append(["install", "--pre", "keras-nightly"])
+    return sys.executable, steps
 
 
-def run(name):
+def run(case, backend):
     """Installs and tests one case; returns its row and whether all passed."""
-    python, *steps = CASES[name]
+    python, steps = steps_of(case, backend)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         python = str(Path(folder, "bin", "python"))
         for step in steps:
-            done = _capture(python, "-m", "pip", *step)
+            done = _capture(backend, python, "-m", "pip", *step)
             if done.returncode:
                 error = re.findall("^ERROR: (.*)", done.stderr, re.MULTILINE)
                 last = (error or ["pip failed"])[-1]
-                return ROW.format(name, "-", "-", "-", "-", last), False
+                return ROW.format(case, backend, *"----", last), False
         start = time.monotonic()
-        done = _capture(python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+        done = _capture(backend, python, *tests)
         minutes = (time.monotonic() - start) / 60
-        versions = _versions(python)
+        versions = _versions(backend, python)
     result = done.stdout.strip().splitlines()[-1]
     if done.returncode:
         print(done.stdout)
     result = re.sub(r" in .*", "", result) + f" in {minutes:.0f} minutes"
-    return ROW.format(name, *versions, result), done.returncode == 0
+    return ROW.format(case, backend, *versions, result), done.returncode == 0
 
 
-def _versions(python):
+def _versions(backend, python):
     program = (
-        "import platform, numpy, tensorflow, keras\n"
+        f"import platform, numpy, keras, {backend}\n"
         "print(platform.python_version(), numpy.__version__,"
-        " tensorflow.__version__, keras.__version__)"
+        f" {backend}.__version__, keras.__version__)"
     )
-    return _capture(python, "-c", program).stdout.split()
+    return _capture(backend, python, "-c", program).stdout.split()
 
 
-def _capture(*command):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+def _capture(backend, *command):
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # As many tests at a time as cores; each of PyTorch's takes one.
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         command, capture_output=True, text=True, env=environment
     )
@@ -99,17 +113,22 @@ def main():
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}"
     )
-    names = parser.parse_args().cases or list(CASES)
-    unknown = [name for name in names if name not in CASES]
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, default=BACKENDS
+    )
+    options = parser.parse_args()
+    cases = options.cases or CASES
+    unknown = [case for case in cases if case not in CASES]
     if unknown:
         parser.error(f"no such case: {unknown[0]}")
-    titles = ("case", "Python", "NumPy", "TensorFlow", "Keras", "tests")
-    print(ROW.format(*titles), flush=True)
+    titles = ("case", "backend", "Python", "NumPy", "its version", "Keras")
+    print(ROW.format(*titles, "tests"), flush=True)
     have_passed = []
-    for name in names:
-        row, has_passed = run(name)
-        print(row, flush=True)
-        have_passed.append(has_passed)
+    for case in cases:
+        for backend in options.backends:
+            row, has_passed = run(case, backend)
+            print(row, flush=True)
+            have_passed.append(has_passed)
     sys.exit(not all(have_passed))
 
 

@@ -463,8 +463,12 @@ class Backend(abc.ABC):
     # Tests and benchmarks.
 
     @abc.abstractmethod
-    def use_full_precision(self) -> None:
-        """Makes products as precise as their dtypes, for comparisons."""
+    def full_precision(self) -> AbstractContextManager[None]:
+        """A context in which products are as precise as their dtypes.
+
+        GPUs multiply float32 by 10 bits of the mantissa (TF32) where they may:
+        then batches of other sizes differ in the third digit.
+        """
 
     @abc.abstractmethod
     def device_name(self) -> str:

@@ -264,8 +264,9 @@ class JaxBackend(Backend):
     ) -> BaseException:
         return jax.errors.JaxRuntimeError(f"{error}\n{sentence}")
 
-    def use_full_precision(self) -> None:
-        jax.config.update("jax_default_matmul_precision", "highest")
+    def full_precision(self) -> AbstractContextManager[None]:
+        context: Any = jax.default_matmul_precision("highest")
+        return context
 
     def device_name(self) -> str:
         device: Any = jnp.zeros(()).device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -42,8 +44,15 @@ class TensorFlowBackend(Arithmetic, Batches):
     ) -> Tester:
         return TensorFlowTester(model, test, runner)
 
-    def use_full_precision(self) -> None:
-        tf.config.experimental.enable_tensor_float_32_execution(False)
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        config = tf.config.experimental
+        before = config.tensor_float_32_execution_enabled()
+        config.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            config.enable_tensor_float_32_execution(before)
 
     def peak_memory(self) -> int | None:
         if not tf.config.list_logical_devices("GPU"):

@@ -155,8 +155,20 @@ class TorchBackend(Processes):
     ) -> Tester:
         return TorchTester(model, test, runner)
 
-    def use_full_precision(self) -> None:
-        torch.set_float32_matmul_precision("highest")
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        # Those of convolutions are not the ones of products of matrices.
+        backends: Any = torch.backends
+        cudnn = backends.cudnn
+        kinds = [backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+        before = [kind.fp32_precision for kind in kinds]
+        try:
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
+            yield
+        finally:
+            for kind, precision in zip(kinds, before):
+                kind.fp32_precision = precision
 
     def device_name(self) -> str:
         device = keras.ops.zeros(()).device

@@ -1,0 +1,44 @@
+"""The oldest versions of what kaccum computes with."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import keras
+import numpy as np
+
+#: By module, as in `setup.cfg`; `python -m tests.versions` runs the tests on
+#: them.
+OLDEST = {
+    "keras": "3.12.4",
+    "numpy": "1.26",
+    "tensorflow": "2.19",
+    "jax": "0.7",
+    "torch": "2.9",
+}
+
+
+def check() -> None:
+    """Checks what is installed, of the frameworks that Keras's alone.
+
+    Raises:
+        ImportError: If it is older than `OLDEST`.
+    """
+    found = {"keras": keras.__version__, "numpy": np.__version__}
+    # Keras has imported it.
+    framework = sys.modules.get(keras.backend.backend())
+    if framework is not None:
+        found[framework.__name__] = framework.__version__
+    for name, version in found.items():
+        oldest = OLDEST.get(name, "0")
+        if _numbers(version) < _numbers(oldest):
+            raise ImportError(
+                f"kaccum needs {name} {oldest} or newer, but {name} {version} "
+                "is installed: upgrade the package that brings it."
+            )
+
+
+def _numbers(version: str) -> list[int]:
+    """Those of a release, as [3, 16, 0] of "3.16.0.dev2026102704"."""
+    return [int(each) for each in re.findall(r"(?:^|\.)(\d+)", version)[:3]]
