@@ -22,6 +22,7 @@ import numpy as np
 
 from kaccum.backends import backend
 from kaccum.callback import GradientAccumulationCallback
+from kaccum.shortage import UPDATES, run_out
 
 # Rounding differs between batch sizes and grows with each update: to 5e-7 on a
 # processor. A wrongly weighted update is off by about the learning rate.
@@ -207,8 +208,35 @@ def is_large(ours: Run, truth: Run) -> bool:
     return is_near and ours.updates == truth.updates
 
 
-def report(runs: dict[str, Run], options: argparse.Namespace) -> bool:
+def auto_oom(options: argparse.Namespace) -> dict[str, Any]:
+    """Has memory run out; what came of it, and whether it is as it must be."""
+    found = run_out(
+        *load_digits(), batch_size=options.batch_size, steps=options.steps
+    )
+    print(
+        f"{found['pixels']} x {found['pixels']} pixels: no memory for "
+        f"{options.batch_size} examples ({found['said']}); 'auto' found "
+        f"micro-batches of {found['micro_batch_size']}; weights off by "
+        f"{found['difference']:.1e}"
+    )
+    is_near = found["difference"] <= TOLERANCE
+    is_smaller = found["micro_batch_size"] < options.batch_size
+    are_all_made = found["updates"] == UPDATES
+    found["is_the_large_batch"] = is_near and is_smaller and are_all_made
+    return found
+
+
+def report(
+    runs: dict[str, Run],
+    options: argparse.Namespace,
+    found: dict[str, Any] | None,
+) -> bool:
     """Writes what came of each way to ask into `options.report`, as JSON.
+
+    Args:
+        runs: By what they are called.
+        options: The parsed command line.
+        found: What `auto_oom` returned, if it was asked for.
 
     Returns:
         Whether each is the large batch.
@@ -245,6 +273,8 @@ def report(runs: dict[str, Run], options: argparse.Namespace) -> bool:
             }.items()
         },
     }
+    if found is not None:
+        written["auto_oom"] = found
     with open(options.report, "w") as file:
         json.dump(written, file, indent=1)
     print(f"written into {options.report}")
@@ -317,12 +347,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="train by steps, by a micro-batch size and by 'auto', and write "
         "what came of it into FILE, as JSON",
     )
+    add(
+        "--auto-oom",
+        action="store_true",
+        help="on a GPU: have its memory run out at the whole batch, on larger "
+        "images, and 'auto' find a size that fits",
+    )
     options = parser.parse_args(arguments)
     for name in ("batch_size", "steps", "epochs", "replicas"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be >= 1")
     if options.batch_size % options.steps:
         parser.error("--batch-size must be a multiple of --steps")
+    if options.auto_oom and options.batch_size > 896:
+        parser.error("--auto-oom needs two batches of the 1,797 examples")
     if options.batch_size // options.steps % options.replicas:
         parser.error("--replicas must divide a micro-batch")
     return options
@@ -370,8 +408,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Trains the three ways; what `main` returns."""
+    # A framework that begins to use a device tells of its memory then.
+    device = backend().device_name()
+    if options.auto_oom and backend().peak_memory() is None:
+        print(
+            "`--auto-oom` needs a GPU, whose memory can run out without harm. "
+            f"Received: {device}. Leave it out.",
+            file=sys.stderr,
+        )
+        return 2
     print(
-        f"device: {backend().device_name()}; Keras {keras.__version__} on "
+        f"device: {device}; Keras {keras.__version__} on "
         f"{keras.backend.backend()}; "
         f"{len(load_digits(options.replicas)[0])} examples; "
         f"{options.optimizer}, updates of "
@@ -388,8 +435,11 @@ def compare(options: argparse.Namespace) -> int:
         plot(runs, options.plot)
         print(f"drawn into {options.plot}")
     is_same = is_large(runs[KACCUM], runs[LARGE])
+    found = auto_oom(options) if options.auto_oom else None
+    if found is not None:
+        is_same = is_same and found["is_the_large_batch"]
     if options.report:
-        is_same = report(runs, options) and is_same
+        is_same = report(runs, options, found) and is_same
     print(f"kaccum's run is {'' if is_same else 'NOT '}the large-batch run")
     return 0 if is_same else 1
 

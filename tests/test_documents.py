@@ -19,6 +19,7 @@ from kaccum import (
     __main__,
     accumulate,
 )
+from kaccum.backends import backend
 from kaccum.testing import assert_same_fit
 from tests.backends import BACKEND, needs_demo, needs_graphs, only_on
 from tests.pages import PAGES, README, ROOT, examples_of
@@ -175,6 +176,55 @@ def test_the_main_job_reports(tmp_path, capsys):
     sizes = [runs[name]["micro_batch_size"] for name in ours]
     assert sizes == [None, 32, 256]
     assert not runs[own]["is_the_large_batch"]
+
+
+@needs_demo
+def test_running_out_of_memory_needs_a_gpu(capsys):
+    """The system ends a process that takes all of the processor's."""
+    if not backend().device_name().startswith("CPU"):
+        pytest.skip("There is one.")
+    assert __main__.main(["--auto-oom"]) == 2
+    assert capsys.readouterr().err == (
+        "`--auto-oom` needs a GPU, whose memory can run out without harm. "
+        "Received: CPU (not run on a GPU). Leave it out.\n"
+    )
+
+
+SHORT_OF_MEMORY = """
+import os, resource, sys
+from kaccum import __main__
+from kaccum.backends import backend
+
+options = ["--epochs", "1"]
+__main__.main(options)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * os.sysconf("SC_PAGE_SIZE") + 700 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+# As of a device that has its own.
+type(backend()).peak_memory = lambda self: 700 * 2**20
+sys.exit(__main__.main([*options, "--auto-oom", "--report", sys.argv[1]]))
+"""
+
+
+@needs_demo
+@only_on("jax", "torch", reason="it aborts where the processor's memory ends")
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit to set")
+def test_the_main_job_has_memory_run_out(tmp_path):
+    """Memory that really does, in a process of its own."""
+    path = tmp_path / "report.json"
+    ran = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, str(path)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())["auto_oom"]
+    assert found["said"] and found["updates"] == 2
+    assert 1 <= found["micro_batch_size"] < 64
+    assert found["difference"] < 1e-5 and found["is_the_large_batch"]
+    assert "'auto' found micro-batches of" in ran.stdout
 
 
 def test_the_main_job_names_the_extra_that_it_needs(monkeypatch, capsys):

@@ -30,11 +30,13 @@ ROW = "{:8} {:11} {:8} {:8} {:12} {:22} {}"
 def needed(backend):
     """What kaccum and its tests require on a backend, as setup.cfg has it."""
     tools = EXTRAS["test"].split()
-    return [
+    required = [
         *CONFIG["options"]["install_requires"].split(),
-        *EXTRAS[backend].split(),
         *(each for each in tools if not each.startswith("tensorflow")),
+        # These say it more strictly.
+        *EXTRAS[backend].split(),
     ]
+    return list({each.split(">=")[0]: each for each in required}.values())
 
 
 def oldest_python(backend):

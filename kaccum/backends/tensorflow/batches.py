@@ -99,8 +99,8 @@ def _slice(leaf: Any, start: int, size: int) -> Any:
         return tf.sparse.slice(leaf, begin, shape)
     rest = len(leaf.shape) - 1
     # Where it is, else all of it would go to the device that computes.
-    # (NumPy has such only since 2.0: before, `fit` cuts what is on the host.)
-    with tf.device(getattr(leaf, "device", None)):
+    # (Arrays of NumPy 1 do not say that they are on the processor.)
+    with tf.device(getattr(leaf, "device", "cpu")):
         # Python's slices take the host five times as long (TensorFlow 2.21).
         return tf.raw_ops.Slice(
             input=leaf,
