@@ -183,8 +183,10 @@ def test_an_error_inside_the_step_gives_the_model_back_at_once():
     """Law 5: an exception from the model's own code."""
 
     class Failing(keras.layers.Layer):
-        def call(self, inputs):
-            raise ValueError("from the layer")
+        def call(self, inputs, training=None):
+            if training:
+                raise ValueError("from the layer")
+            return inputs
 
     model = keras.Sequential([Failing(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
