@@ -17,10 +17,11 @@ OLDEST = {
     "jax": "0.7",
     "torch": "2.9",
 }
-#: Keras's own on one of its backends, where that is newer. Before, its gradient
-#: of a loss whose mask leaves no element is a NaN on PyTorch, where it must be
-#: zero: micro-batches have such, large batches rarely.
-OLDEST_KERAS_ON = {"torch": "3.15"}
+#: Keras's own on one of its backends, where that is newer. Before, on PyTorch
+#: its gradient of a loss whose mask leaves no element is a NaN, where it must be
+#: zero: micro-batches have such, large batches rarely. On JAX losses of the
+#: whole batch were not the large batch's on several devices.
+OLDEST_KERAS_ON = {"jax": "3.14", "torch": "3.15"}
 
 
 def check() -> None:

@@ -250,7 +250,9 @@ def test_the_program_of_the_page_runs_in_processes(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert "".join(done.stdout.split()) == "22"
+    # Some versions tell of the other processes, in lines of their own.
+    lines = [line for line in done.stdout.split("\n") if "Gloo" not in line]
+    assert "".join(lines) == "22"
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch has them")

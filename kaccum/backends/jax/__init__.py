@@ -236,7 +236,7 @@ class JaxBackend(Backend):
     def examples_in(self, batch: Any) -> list[int]:
         distribution = keras.distribution.distribution()
         # In so many parts the devices have it.
-        parts = 1 if distribution is None else _parts_of(distribution)
+        parts = 1 if distribution is None else distribution.num_model_replicas
         return [arrays.examples_in(batch) // parts] * parts
 
     def cut(
@@ -254,7 +254,7 @@ class JaxBackend(Backend):
         distribution = keras.distribution.distribution()
         if distribution is None:
             return arrays.joined(parts)
-        count = _parts_of(distribution)
+        count = distribution.num_model_replicas
         return jax.tree.map(lambda *each: _joined_on(count, each), *parts)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -292,12 +292,6 @@ class JaxBackend(Backend):
         self, model: keras.Model, test: TestOfParts, runner: Any
     ) -> Tester:
         return JaxTester(model, test)
-
-
-def _parts_of(distribution: Any) -> int:
-    """In how many parts the devices have a batch."""
-    mesh = distribution.device_mesh
-    return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
 
 
 def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:
