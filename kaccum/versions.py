@@ -12,16 +12,16 @@ import numpy as np
 #: them.
 OLDEST = {
     "keras": "3.12.4",
-    "numpy": "1.26",
-    "tensorflow": "2.19",
-    "jax": "0.7",
+    "numpy": "1.26.4",
+    "tensorflow": "2.19.1",
+    "jax": "0.10.2",
     "torch": "2.9",
 }
 #: Keras's own on one of its backends, where that is newer. Before, on PyTorch
-#: its gradient of a loss whose mask leaves no element is a NaN, where it must be
+#: its gradient of a loss whose mask leaves no element is a NaN that must be
 #: zero: micro-batches have such, large batches rarely. On JAX losses of the
-#: whole batch were not the large batch's on several devices.
-OLDEST_KERAS_ON = {"jax": "3.14", "torch": "3.15"}
+#: whole batch were not the large batch's on several devices (3.12, 3.13).
+OLDEST_KERAS_ON = {"jax": "3.15.1", "torch": "3.15"}
 
 
 def check() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.extend.core import get_opaque_trace_state
 
 from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
@@ -19,12 +20,6 @@ from kaccum.backends.jax.sums import Sum
 from kaccum.backends.jax.tester import JaxTester
 from kaccum.backends.runner import Runner, Step
 from kaccum.backends.tester import Tester, TestOfParts
-
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:
-    # Before JAX 0.10.
-    from jax.core import get_opaque_trace_state
 
 # A GPU's, and that of a compiled step on the processor (JAX 0.10).
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
