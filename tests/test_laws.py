@@ -200,6 +200,50 @@ def test_an_error_inside_the_step_gives_the_model_back_at_once():
     assert "make_train_function" not in vars(model)
 
 
+# Of PyTorch, where it begins to compile (2.13).
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@only_on("torch", reason="the other backends compile what they trace")
+def test_a_step_that_would_be_compiled_is_exact():
+    """Law 1: with `jit_compile=True`, where a step is heard uncompiled."""
+
+    class Traced(keras.layers.Layer):
+        """Keeps whether PyTorch compiles the step."""
+
+        seen = set()
+
+        def call(self, inputs, training=None):
+            if training:
+                self.seen.add(sys.modules["torch"].compiler.is_compiling())
+            return inputs
+
+    problem = Problem(kind="mean_with_sample_weight")
+    x, y, weights = data(problem)
+    trained = []
+    for batch_size, jit, callbacks in (
+        (problem.large_batch, False, []),
+        (problem.batch, True, [problem.callback]),
+    ):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input(x.shape[1:]), Traced(), keras.layers.Dense(1)]
+        )
+        loss = keras.losses.MeanSquaredError("mean_with_sample_weight")
+        model.compile("sgd", loss, jit_compile=jit)
+        model.fit(
+            x,
+            y,
+            sample_weight=weights,
+            batch_size=batch_size,
+            shuffle=False,
+            verbose=0,
+            callbacks=callbacks,
+        )
+        trained.append(model.get_weights())
+    assert Traced.seen == {False}
+    for ours, large in zip(*reversed(trained)):
+        np.testing.assert_allclose(ours, large, rtol=1e-5, atol=1e-7)
+
+
 def test_a_callback_may_train_on_a_batch_of_its_own():
     """Law 5: `train_on_batch` in a callback is plain, and fit goes on."""
     problem = Problem(epochs=1)
