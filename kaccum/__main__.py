@@ -210,9 +210,10 @@ def is_large(ours: Run, truth: Run) -> bool:
 
 def auto_oom(options: argparse.Namespace) -> dict[str, Any]:
     """Has memory run out; what came of it, and whether it is as it must be."""
-    found = run_out(
+    found, weights, truth = run_out(
         *load_digits(), batch_size=options.batch_size, steps=options.steps
     )
+    found["difference"] = largest_difference(weights, truth)
     print(
         f"{found['pixels']} x {found['pixels']} pixels: no memory for "
         f"{options.batch_size} examples ({found['said']}); 'auto' found "
@@ -359,8 +360,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be >= 1")
     if options.batch_size % options.steps:
         parser.error("--batch-size must be a multiple of --steps")
-    if options.auto_oom and options.batch_size > 896:
-        parser.error("--auto-oom needs two batches of the 1,797 examples")
+    if options.auto_oom and UPDATES * options.batch_size > 1797:
+        parser.error(f"--auto-oom needs {UPDATES} batches of 1,797 examples")
     if options.batch_size // options.steps % options.replicas:
         parser.error("--replicas must divide a micro-batch")
     return options

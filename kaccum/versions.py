@@ -6,44 +6,38 @@ import re
 import sys
 
 import keras
-import numpy as np
 
-#: By module, as in `setup.cfg`; `python -m tests.versions` runs the tests on
-#: them.
-OLDEST = {
-    "keras": "3.12.4",
-    "numpy": "1.26.4",
-    "tensorflow": "2.19.1",
-    "jax": "0.10.2",
-    "torch": "2.9",
+#: By module, on each backend, as in `setup.cfg`: `python -m tests.versions`
+#: runs the tests on them.
+OLDEST = {"keras": "3.12.4", "numpy": "1.26.4"}
+#: What one backend needs beside, or newer.
+OLDEST_ON = {
+    "tensorflow": {"tensorflow": "2.19.1"},
+    # With Keras 3.12 and 3.13 losses of the whole batch are another run on several
+    # devices; JAX itself needs NumPy 2.
+    "jax": {"jax": "0.10.2", "keras": "3.15.1", "numpy": "2.0"},
+    # Before Keras 3.15 the gradient of a loss whose mask leaves no element is a
+    # NaN that must be zero: micro-batches have such, large batches rarely.
+    "torch": {"torch": "2.9", "keras": "3.15"},
 }
-#: Keras's own on one of its backends, where that is newer. Before, on PyTorch
-#: its gradient of a loss whose mask leaves no element is a NaN that must be
-#: zero: micro-batches have such, large batches rarely. On JAX losses of the
-#: whole batch were not the large batch's on several devices (3.12, 3.13).
-OLDEST_KERAS_ON = {"jax": "3.15.1", "torch": "3.15"}
 
 
 def check() -> None:
     """Checks what is installed, of the frameworks that Keras's alone.
 
     Raises:
-        ImportError: If it is older than `OLDEST`.
+        ImportError: If it is older than it may be.
     """
-    found = {"keras": keras.__version__, "numpy": np.__version__}
-    # Keras has imported it.
-    framework = sys.modules.get(keras.backend.backend())
-    if framework is not None:
-        found[framework.__name__] = framework.__version__
-    for name, version in found.items():
-        oldest = OLDEST.get(name, "0")
-        if name == "keras":
-            oldest = OLDEST_KERAS_ON.get(keras.backend.backend(), oldest)
+    name_of_backend = keras.backend.backend()
+    needed = {**OLDEST, **OLDEST_ON.get(name_of_backend, {})}
+    for name, oldest in needed.items():
+        # Keras has imported them.
+        version = sys.modules[name].__version__
         if _numbers(version) < _numbers(oldest):
             raise ImportError(
                 f"kaccum needs {name} {oldest} or newer where Keras runs on "
-                f"{keras.backend.backend()}, but {name} {version} is "
-                "installed: upgrade the package that brings it."
+                f"{name_of_backend}, but {name} {version} is installed: "
+                "upgrade the package that brings it."
             )
 
 

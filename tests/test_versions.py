@@ -3,7 +3,6 @@
 import contextlib
 import re
 import sys
-import types
 
 import keras
 import numpy as np
@@ -36,26 +35,21 @@ def test_a_case_says_what_to_install(case, backend):
         assert text.count("==") == 3 and ">=" not in text
 
 
+def oldest_on(backend):
+    """What the package says it needs on a backend."""
+    return {**kaccum.versions.OLDEST, **kaccum.versions.OLDEST_ON[backend]}
+
+
 def test_the_oldest_versions_are_those_of_setup_cfg():
     """They are written there for pip, and in the package for its check."""
     for backend in versions.BACKENDS:
         text = " ".join(versions.needed(backend))
         written = dict(re.findall(r"(\w+)>=(\S+)", text))
-        for name in ("keras", "numpy", backend):
-            assert written.pop(name) == oldest(name, backend)
-        assert written == {}
+        assert written == oldest_on(backend)
     for extra in ("demo", "test", "notebooks", "docs"):
         text = versions.EXTRAS[extra]
         (found,) = re.findall("tensorflow>=(.*)", text)
-        assert found == kaccum.versions.OLDEST["tensorflow"]
-
-
-def oldest(name, backend):
-    """The version of a module that the package says it needs."""
-    special = kaccum.versions.OLDEST_KERAS_ON
-    if name == "keras" and backend in special:
-        return special[backend]
-    return kaccum.versions.OLDEST[name]
+        assert found == oldest_on("tensorflow")["tensorflow"]
 
 
 @pytest.mark.parametrize("module", [keras, np, sys.modules[BACKEND]])
@@ -73,7 +67,7 @@ def test_what_is_too_old_is_told_at_import(
     name = module.__name__
     with pytest.raises(
         ImportError,
-        match=f"^kaccum needs {name} {oldest(name, BACKEND)} or newer where "
+        match=f"^kaccum needs {name} {oldest_on(BACKEND)[name]} or newer where "
         f"Keras runs on {BACKEND}, but {name} 0.0.9 is installed: upgrade the "
         "package that brings it.$",
     ):
@@ -93,8 +87,7 @@ def test_what_is_too_old_is_told_at_import(
 )
 def test_versions_are_compared_by_their_numbers(monkeypatch, version, is_old):
     """Not as text."""
-    fake = types.SimpleNamespace(__version__=version, backend=keras.backend)
-    monkeypatch.setattr(kaccum.versions, "keras", fake)
-    monkeypatch.setattr(kaccum.versions, "OLDEST_KERAS_ON", {})
+    monkeypatch.setattr(keras, "__version__", version)
+    monkeypatch.setitem(kaccum.versions.OLDEST_ON, BACKEND, {})
     with pytest.raises(ImportError) if is_old else contextlib.nullcontext():
         kaccum.versions.check()

@@ -3,8 +3,8 @@
     python -m tests.versions
     python -m tests.versions oldest --backends torch jax
 
-On each backend, in a fresh environment that has no other backend; it takes an
-hour and prints a table. The oldest are the lower bounds in setup.cfg, on the
+On each backend, in a fresh environment that has no other backend; it takes
+long and prints a table. The oldest are the lower bounds in setup.cfg, on the
 oldest Python that they run on (if `PATH` has that, as in `python3.10`).
 """
 
@@ -43,7 +43,14 @@ def oldest_python(backend):
     """The oldest Python that kaccum claims and JAX has, or this one."""
     oldest = CONFIG["options"]["python_requires"].removeprefix(">=")
     name = "python" + ("3.11" if backend == "jax" else oldest)
-    return shutil.which(name) or sys.executable
+    found = shutil.which(name)
+    if (
+        found is None
+        or subprocess.run([found, "-c", ""], capture_output=True).returncode
+    ):
+        # A version manager may have a name for what is not chosen.
+        return sys.executable
+    return found
 
 
 def steps_of(case, backend):
