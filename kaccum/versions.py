@@ -13,8 +13,8 @@ OLDEST = {"keras": "3.12.4", "numpy": "1.26.4"}
 #: What one backend needs beside, or newer.
 OLDEST_ON = {
     "tensorflow": {"tensorflow": "2.19.1"},
-    # With Keras 3.12 and 3.13 losses of the whole batch are another run on several
-    # devices; JAX itself needs NumPy 2.
+    # With Keras 3.12 and 3.13 losses of the whole batch are another run on
+    # several devices; JAX itself needs NumPy 2.
     "jax": {"jax": "0.10.2", "keras": "3.15.1", "numpy": "2.0"},
     # Before Keras 3.15 the gradient of a loss whose mask leaves no element is a
     # NaN that must be zero: micro-batches have such, large batches rarely.
