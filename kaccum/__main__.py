@@ -211,7 +211,7 @@ def is_large(ours: Run, truth: Run) -> bool:
 def auto_oom(options: argparse.Namespace) -> dict[str, Any]:
     """Has memory run out; what came of it, and whether it is as it must be."""
     found, weights, truth = run_out(
-        *load_digits(), batch_size=options.batch_size, steps=options.steps
+        *load_digits(), batch_size=options.batch_size
     )
     found["difference"] = largest_difference(weights, truth)
     print(

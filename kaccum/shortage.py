@@ -85,19 +85,20 @@ def _said(x: np.ndarray, y: np.ndarray, model: keras.Model) -> str | None:
 
 
 def run_out(
-    x: np.ndarray, y: np.ndarray, *, batch_size: int, steps: int
+    x: np.ndarray, y: np.ndarray, *, batch_size: int
 ) -> tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]:
     """Trains where the large batch does not fit.
 
     The truth cannot be the large batch, which does not fit. It is Keras's own
-    accumulation of `steps` micro-batches: of as many examples each, without a
-    rest, under a mean loss, that is the large batch, too.
+    accumulation of micro-batches of at most half the size that `"auto"` found,
+    for which there is memory even where the trials have left it in pieces. Of
+    as many examples each, without a rest, under a mean loss, that is the large
+    batch, too.
 
     Args:
         x: At least `UPDATES * batch_size` images of 8 x 8 pixels.
         y: Their digits.
         batch_size: How many make an update.
-        steps: Of how many micro-batches Keras's own makes it.
 
     Returns:
         What was seen: `pixels` of an image's side, what the framework `said`
@@ -115,14 +116,18 @@ def run_out(
     model.fit(x, y, batch_size=batch_size, callbacks=[callback], **fit)
     updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
     weights, peak = model.get_weights(), backend().peak_memory()
-    del model
+    found = callback.micro_batch_size
+    assert isinstance(found, int)
+    del model, callback
     gc.collect()
-    own = build_model(scale, steps)
-    own.fit(x, y, batch_size=batch_size // steps, **fit)
+    sizes = range(max(found // 2, 1), 0, -1)
+    size = next(size for size in sizes if batch_size % size == 0)
+    own = build_model(scale, batch_size // size)
+    own.fit(x, y, batch_size=size, **fit)
     seen = {
         "pixels": 8 * scale,
         "said": said,
-        "micro_batch_size": callback.micro_batch_size,
+        "micro_batch_size": found,
         "updates": updates,
         "peak_bytes": peak,
     }
