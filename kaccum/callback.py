@@ -27,13 +27,15 @@ from kaccum.fit.plan import (
     advice,
     line_of_size,
     line_of_steps,
+    line_of_updates,
     say,
     updates_of,
     warn_of_mistakes,
 )
 from kaccum.fit.session import Session, is_plain_fit
-from kaccum.fit.window import Schedule, Steps, Window
+from kaccum.fit.window import Schedule, Steps, Window, check_by
 from kaccum.step.training_step import Options
+from kaccum.sums.noise import NOTHING, GradientNoise
 
 
 class GradientAccumulationCallback(keras.callbacks.Callback):
@@ -62,6 +64,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         steps: How many batches make one update: int >= 1; a dict of them by
             first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
             from 0 on) that returns one. 1 is a plain fit.
+        by: "epoch"; or "update", if the keys of the dict, and what the function
+            is called with, are numbers of updates that the optimizer has made
+            (its `iterations`, those of earlier fits, too). The length of a
+            window is fixed when it opens. With `steps_per_execution`, all
+            windows of an execution count as updates until it is over.
         micro_batch_size: How many examples a micro-batch has at most: int >= 1,
             or "auto". A batch is cut into as few micro-batches as that needs,
             as equal as possible; each device that has a part of it cuts that.
@@ -87,6 +94,14 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             ones, Dice, outputs with different masks. Each micro-batch runs
             forward twice; the outputs of the window are kept in memory. The log
             is that of whole windows, and stands still inside of one.
+        log_gradients: Whether each epoch's log has `gradient_norm`, the norm of
+            the window's gradient as the optimizer gets it, before it clips,
+            mean over the epoch's updates; and `noise_scale`, the gradient noise
+            scale, in examples, of the last 100 updates or so (McCandlish et al.
+            2018, arXiv:1812.06162, appendix A). It is NaN where micro-batches
+            tell none: in windows of one, with `whole_batch_loss`, where one
+            loss is a mean and another one a sum, or where the estimate of the
+            gradient's signal is not positive. See `gradients`.
         on_update: Function called with the number of updates (int) that this
             fit made so far, after each one. With `steps_per_execution` it is
             called after each execution, once for each update in it.
@@ -96,8 +111,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             other arguments; at the start of an epoch, if the function `steps`
             returns something else than an integer.
         ValueError: If not exactly one of `steps` and `micro_batch_size` is
-            given, either is below 1, `steps` is a dict without epoch 0, or
-            `micro_batch_size` another string than "auto". When
+            given, either is below 1, `steps` is a dict without epoch (or
+            update) 0, `micro_batch_size` another string than "auto", or `by`
+            another one than "epoch" and "update"; if `by="update"` is given
+            with an int, or without `steps`. When
             `fit` starts: if the model has no optimizer, or one with
             `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
             `LossScaleOptimizer`, or, with `whole_batch_loss`, a `train_step`
@@ -138,10 +155,12 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self,
         steps: Steps | None = None,
         *,
+        by: Literal["epoch", "update"] = "epoch",
         micro_batch_size: int | Literal["auto"] | None = None,
         skip_nonfinite: bool = False,
         weight: Weight = None,
         whole_batch_loss: bool = False,
+        log_gradients: bool = False,
         on_update: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -155,8 +174,9 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self._schedule: Schedule | None = None
         self._size: MicroBatchSize | None = None
         self._asked_size = micro_batch_size
+        check_by(by, steps)
         if steps is not None:
-            self._schedule = Schedule(steps)
+            self._schedule = Schedule(steps, by)
         if micro_batch_size is not None:
             self._size = MicroBatchSize(micro_batch_size)
         if not isinstance(skip_nonfinite, bool):
@@ -166,6 +186,11 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             )
         check_weight(weight)
         check_whole_batch_loss(whole_batch_loss, weight, skip_nonfinite)
+        if not isinstance(log_gradients, bool):
+            raise TypeError(
+                "`log_gradients` must be True or False. "
+                f"{received('log_gradients', log_gradients)}"
+            )
         if on_update is not None and not callable(on_update):
             raise TypeError(
                 "`on_update` must be a function of the number of updates. "
@@ -174,12 +199,15 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         if on_update is not None:
             check_calls("on_update", on_update, 1)
         self.steps = steps if self._schedule is None else self._schedule.steps
+        self.by = by
         self.skip_nonfinite = skip_nonfinite
         self.weight = weight
         self.whole_batch_loss = whole_batch_loss
+        self.log_gradients = log_gradients
         self.on_update = on_update
         self._session: Session | None = None
         self._skipped = self._updates = 0
+        self._gradients = NOTHING if log_gradients else None
         self._data = Data()
         self._said: int | None = None
         self._model_of_size: Any = None
@@ -202,13 +230,24 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         """How many updates this (or the last) fit made so far."""
         return self._session.updates if self._session else self._updates
 
+    @property
+    def gradients(self) -> GradientNoise | None:
+        """What the last updates say of the batch: signal, noise, scale.
+
+        `None` without `log_gradients`. The numbers are NaN before the first
+        update of the (last) fit whose window has several micro-batches.
+        """
+        return self._session.gradients if self._session else self._gradients
+
     def __repr__(self) -> str:
         arguments = {
             "steps": self.steps,
+            "by": None if self.by == "epoch" else self.by,
             "micro_batch_size": self._asked_size,
             "skip_nonfinite": self.skip_nonfinite or None,
             "weight": self.weight,
             "whole_batch_loss": self.whole_batch_loss or None,
+            "log_gradients": self.log_gradients or None,
             "on_update": self.on_update,
         }
         given = [f"{k}={v!r}" for k, v in arguments.items() if v is not None]
@@ -222,6 +261,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             "_session": None,
             "_skipped": self.skipped_micro_batches,
             "_updates": self.updates,
+            "_gradients": self.gradients,
             "_model_of_size": None,
         }
 
@@ -244,14 +284,17 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
                 f"{type(self.model.optimizer).__name__}. Leave one of them out."
             )
         options = Options(
-            self.skip_nonfinite, self.weight, self.whole_batch_loss
+            self.skip_nonfinite,
+            self.weight,
+            self.whole_batch_loss,
+            self.log_gradients,
         )
         if self.whole_batch_loss:
             check_step_for_whole_batches(self.model)
         self._skipped = self._updates = 0
         self._said = None
         self._data = Data.of_fit(self.model, self.params)
-        is_plain = not self.skip_nonfinite and self.on_update is None
+        is_plain = options.are_of_keras and self.on_update is None
         if is_plain and self._schedule and self._schedule.is_always_one:
             if is_plain_fit(self.model, 1):
                 self._updates = -updates_of(self.model.optimizer)
@@ -276,8 +319,13 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     ) -> None:
         """Starts an empty window, of this epoch's length."""
         if self._session is not None:
-            steps = self._schedule.at(epoch) if self._schedule else 1
-            self._session.begin_epoch(steps)
+            schedule = self._schedule
+            if schedule and schedule.is_by_update:
+                begin = self._session.begin_epoch
+                steps = begin(schedule.at, is_by_update=True)
+            else:
+                steps = schedule.at(epoch) if schedule else 1
+                self._session.begin_epoch(lambda updates: steps)
             self._session.batch_size = self._data.batch_size
             if self._size is None:
                 self._session.advice = advice(steps, None, self._data)
@@ -291,6 +339,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         if self._session is not None:
             self._skipped = self._session.skipped
             self._updates = self._session.updates
+            self._gradients = self._session.gradients
             self._session.give_back()
             self._session = None
         else:
@@ -303,6 +352,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self._said = steps
         if self._size is not None:
             line = line_of_size(self._size.size, self._data)
+        elif self._schedule and self._schedule.is_by_update:
+            updates = updates_of(self.model.optimizer)
+            change = self._schedule.change_after(updates)
+            line = line_of_updates(steps, change, self._data)
         else:
             line = line_of_steps(steps, self._data)
             warn_of_mistakes(steps, self._data, self.model.optimizer)

@@ -171,6 +171,15 @@ def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:
     return any(isinstance(each, kind) for each in with_inner(optimizer))
 
 
+def scale_of_losses(optimizer: keras.optimizers.Optimizer) -> Any:
+    """What a `LossScaleOptimizer` multiplies the loss by, or `None`."""
+    kind = keras.optimizers.LossScaleOptimizer
+    for each in with_inner(optimizer):
+        if isinstance(each, kind):
+            return keras.ops.convert_to_tensor(each.dynamic_scale)
+    return None
+
+
 def with_inner(optimizer: Any) -> list[Any]:
     """An optimizer and those it wraps."""
     inner = list(getattr(optimizer, "optimizers", []))

@@ -97,9 +97,9 @@ def of_function(value):
     )
 
 
-def of_size(size):
+def of_size(size, **arguments):
     """A call that fits with batches to be cut."""
-    return of(None, micro_batch_size=size)
+    return of(None, micro_batch_size=size, **arguments)
 
 
 def of_arrays(*arrays):
@@ -241,6 +241,47 @@ BAD_CALLS = {
         TypeError,
         "`skip_nonfinite` must be True or False. Received: skip_nonfinite=1 "
         "(int).",
+    ),
+    "log_gradients=1": (
+        of(2, log_gradients=1),
+        TypeError,
+        "`log_gradients` must be True or False. Received: log_gradients=1 "
+        "(int).",
+    ),
+    "by='updates'": (
+        of({0: 2}, by="updates"),
+        ValueError,
+        '`by` must be "epoch" or "update". Received: by=\'updates\' (str).',
+    ),
+    "by=None": (
+        of({0: 2}, by=None),
+        TypeError,
+        '`by` must be "epoch" or "update". Received: by=None (NoneType).',
+    ),
+    "by='update', steps=4": (
+        of(4, by="update"),
+        ValueError,
+        '`by="update"` must be given with a dict, or a function, of the number '
+        "of updates. Received: steps=4, which is the same for all. Leave `by` "
+        "out.",
+    ),
+    "by='update', micro_batch_size": (
+        of_size(8, by="update"),
+        ValueError,
+        '`by="update"` must be given with `steps`. Received: none. With '
+        "`micro_batch_size` each batch is a window: have the data change its "
+        "size.",
+    ),
+    "by='update', steps={1: 4}": (
+        of({1: 4}, by="update"),
+        ValueError,
+        "A dict of `steps` must start at update 0. Received: steps={1: 4} "
+        "(dict).",
+    ),
+    "by='update', steps={0: 0}": (
+        of({0: 0}, by="update"),
+        ValueError,
+        VALUES + "0 (int) for update 0.",
     ),
     "steps='auto'": (
         of("auto"),

@@ -457,6 +457,14 @@ def test_nothing_is_compiled_twice():
     fit(ours(5), 16)
     assert len(traces) == first
     model.compile("adam", "sparse_categorical_crossentropy")
+    by_update = ours({0: 1, 1: 2, 2: 3}, by="update")
+    fit(by_update, 4)
+    # Windows of one micro-batch are made as longer ones are.
+    grown = len(traces)
+    fit(by_update)
+    assert len(traces) == grown < 2 * first
+    traces[grown:] = traces[first:grown] = []
+    model.compile("adam", "sparse_categorical_crossentropy")
     fit(by_epoch)
     # (JAX knows a plain step again that Keras compiles anew.)
     again = 1 if BACKEND == "jax" else 0

@@ -86,6 +86,22 @@ def test_overflows_are_those_of_the_large_batch(loss, execution, way):
     np.testing.assert_allclose(ours[2], weights, atol=1e-5)
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_overflow_does_not_count_as_an_update(execution):
+    """Where windows go by updates."""
+    asked = []
+
+    def steps(updates):
+        asked.append(updates)
+        return 4
+
+    ours = trained(8, "mse", execution, steps=steps, by="update")
+    assert ours[:2] == trained(32)[:2]
+    # Once at the start of each epoch, and after each window.
+    assert len(asked) >= 4 and max(asked) == ours[0] < 4
+    np.testing.assert_allclose(ours[2], trained(32)[2], atol=1e-5)
+
+
 def test_a_scale_that_fits_loses_no_update():
     """A part of a batch is scaled as such: it does not overflow earlier."""
     ours, large = build(), build()

@@ -438,6 +438,26 @@ def test_auto_in_the_second_epoch_only():
     same(auto, second)
 
 
+def test_an_attempt_that_fails_forgets_no_gradients():
+    """`log_gradients`: what an epoch's earlier updates measured is kept."""
+    feed = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: batch == 2 and Hungry.feed(2)
+    )
+    norms = []
+    for size, callbacks in ((8, []), ("auto", [feed])):
+        model = hungry_model()
+        model.compile(
+            keras.optimizers.SGD(0.0), model.loss, **compile_options()
+        )
+        callback = GradientAccumulationCallback(
+            micro_batch_size=size, log_gradients=True
+        )
+        log = fit(model, callback, 8, epochs=1, callbacks=callbacks).history
+        norms.append(log["gradient_norm"][0])
+    assert callback.micro_batch_size == 2 and Hungry.failed
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
+
+
 def test_auto_under_xla(monkeypatch):
     """Where the third micro-batch fails, two others are taken back."""
     real = backend().cut

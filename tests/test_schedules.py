@@ -1,5 +1,6 @@
 """`steps` by epoch, and what is told of updates and skipped micro-batches."""
 
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -90,6 +91,140 @@ def test_the_first_epoch_is_respected():
         micro = reference.result_of(model, history)
         reference.assert_same(problem, micro, large)
     assert asked == [2, 3]
+
+
+BY_UPDATE = {0: 1, 2: 3, 5: 2}
+
+
+def length_at(updates):
+    """What `BY_UPDATE` says, as a function."""
+    return 1 if updates < 2 else 3 if updates < 5 else 2
+
+
+class Windows(keras.utils.PyDataset):
+    """The large batches of one epoch, whose windows have these lengths."""
+
+    def __init__(self, problem, updates):
+        super().__init__()
+        x, y, _ = data(problem)
+        self.batches, start = [], 0
+        while start < len(x):
+            steps = length_at(updates + len(self.batches))
+            stop = start + steps * problem.micro_batch
+            self.batches.append((x[start:stop], y[start:stop]))
+            start = stop
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def fit_windows(problem, updates=0):
+    """The truth: one plain fit an epoch, whose batches are the windows."""
+    model = build_model(problem.truth)
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(updates)
+    history = {}
+    for epoch in range(problem.epochs):
+        batches = Windows(problem, updates)
+        logs = model.fit(
+            batches,
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            shuffle=False,
+            verbose=0,
+        ).history
+        updates += len(batches)
+        for name, values in logs.items():
+            history.setdefault(name, []).extend(values)
+    return reference.result_of(model, history)
+
+
+@pytest.mark.parametrize(
+    ("execution", "steps_per_execution"),
+    [
+        (EXECUTIONS[0], 1),
+        (EXECUTIONS[0], 3),
+        (EXECUTIONS[-1], 1),
+        *at_night(itertools.product(EXECUTIONS, [1, 3])),
+    ],
+)
+def test_steps_by_update_train_as_large_batches(execution, steps_per_execution):
+    """Law 1, window by window, for a dict and the same as a function."""
+    problem = Problem(
+        examples=42,
+        execution=execution,
+        epochs=3,
+        steps_per_execution=steps_per_execution,
+    )
+    large = fit_windows(problem)
+    assert large.iterations == 5 + 6 + 6
+    for steps in (BY_UPDATE, length_at):
+        micro = fit_micro(problem, steps, by="update")
+        reference.assert_same(problem, micro, large)
+
+
+def test_updates_are_counted_from_those_of_the_optimizer():
+    """A run that is resumed goes on in the middle of the schedule."""
+    problem = Problem(examples=42, epochs=2)
+    large = fit_windows(problem, updates=3)
+    model = build_model(problem)
+    model.optimizer.iterations.assign(3)
+    asked = []
+
+    def steps(updates):
+        asked.append(updates)
+        return length_at(updates)
+
+    micro = fit_micro(problem, steps, model, by="update")
+    reference.assert_same(problem, micro, large)
+    assert set(range(3, large.iterations)) <= set(asked) and min(asked) == 3
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_a_window_that_makes_no_update_does_not_count(steps_per_execution):
+    """Windows by update where the first one is left out."""
+    problem = Problem(examples=24, epochs=1)
+    x, y, _ = data(problem)
+    # All of an execution: within one, windows count as updates.
+    bad = np.full_like(x[: 4 * steps_per_execution], np.nan)
+    told = []
+    callback = GradientAccumulationCallback(
+        {0: 1, 1: 2},
+        by="update",
+        skip_nonfinite=True,
+        on_update=lambda count: told.append(count),
+    )
+    problem = dataclasses.replace(
+        problem, steps_per_execution=steps_per_execution
+    )
+    with MODELS.lent(problem) as model:
+        model.fit(
+            np.concatenate([bad, x]),
+            np.concatenate([y[: len(bad)], y]),
+            4,
+            shuffle=False,
+            verbose=0,
+            callbacks=[callback],
+        )
+        # One of 1 micro-batch, two of 2, and the rest.
+        assert told == [1, 2, 3, 4]
+        assert int(model.optimizer.iterations) == 4
+
+
+def test_a_fit_says_when_windows_grow(capsys):
+    """In the line that it prints."""
+    problem = Problem(epochs=1)
+    x, y, _ = data(problem)
+    callback = GradientAccumulationCallback({0: 1, 1000: 4}, by="update")
+    with MODELS.lent(problem) as model:
+        model.fit(x, y, 4, verbose=2, callbacks=[callback])
+    assert (
+        "kaccum: 4 examples an update = 1 micro-batch of 4; 4 micro-batches "
+        "from update 1000 on.\n" in capsys.readouterr().out
+    )
 
 
 def test_epochs_of_one_micro_batch_are_plain_bit_for_bit():
@@ -320,6 +455,7 @@ def test_the_skipped_are_logged_for_every_callback(tmp_path):
 @needs_graphs
 def test_a_second_gradient_that_is_not_finite_counts_too():
     """A `train_step` that applies twice: both or none."""
+
     class Twice(keras.Model):
         def train_step(self, data):
             x, y = data

@@ -116,6 +116,15 @@ class Backend(abc.ABC):
         _, found, _ = self.gradients_through(function, variables, [])
         return [g if g is None else self.dense(g) for g in found]
 
+    def squared_norm(self, gradients: Sequence[Any]) -> Any:
+        """The sum of the squares of all elements, a scalar float32.
+
+        Args:
+            gradients: Tensors, also sparse ones.
+        """
+        dense = [ops.cast(self.dense(g), "float32") for g in gradients]
+        return sum((ops.sum(ops.square(g)) for g in dense), ops.zeros(()))
+
     #: Whether variables that a step changes are those of a scope.
     is_stateless = False
 

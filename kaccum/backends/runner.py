@@ -185,6 +185,10 @@ class Runner(abc.ABC):
         self._run_update()
         return 1
 
+    def iterations(self) -> int:
+        """How many updates the optimizer has made, which the host waits for."""
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+
     def end_epoch(self, is_open: bool) -> int:
         """Makes the update of a short window, if one is open.
 

@@ -67,6 +67,27 @@ def line_of_steps(steps: int, data: Data) -> str:
     return f"kaccum: {examples}{_updates_of_steps(steps, data)}."
 
 
+def line_of_updates(
+    steps: int, change: tuple[int, int] | None, data: Data
+) -> str:
+    """The same, where windows differ in length by update.
+
+    Args:
+        steps: How many micro-batches the next one has.
+        change: The number of updates from which on it is another number of
+            them, and that, or `None` where it is not known.
+        data: What is known of the data.
+    """
+    line = line_of_steps(steps, data._replace(batches=None))[:-1]
+    if change is not None:
+        updates, others = change
+        line += (
+            f"; {others} {_plural('micro-batch', others)} from update "
+            f"{updates} on"
+        )
+    return f"{line}."
+
+
 def _updates_of_steps(steps: int, data: Data) -> str:
     if not data.batches:
         return ""

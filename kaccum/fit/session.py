@@ -28,6 +28,7 @@ from kaccum.step.hearing import on_metrics
 from kaccum.step.hooks import replacing
 from kaccum.step.recording import SKIPPED, thread
 from kaccum.step.training_step import Options, TrainingStep
+from kaccum.sums.noise import GradientNoise
 
 
 class Session:
@@ -138,19 +139,41 @@ class Session:
         self._begin(window, is_for_fit, size, on_update)
         self._use_runner(options)
         self._step.expect(window.steps)
+        if self._step.sums.averages is not None:
+            self._step.sums.averages.begin_fit()
         for patch in self._patches:
             patch.install()
         if size is not None:
             self._cut_validation(size)
 
-    def begin_epoch(self, steps: int) -> None:
-        """Starts an empty window of `steps` micro-batches."""
-        self._window.steps = steps
-        self._step.expect(steps)
-        self._window.reset()
+    @property
+    def gradients(self) -> GradientNoise | None:
+        """What gradients say since `take_over`, if they are measured."""
+        averages = self._step.sums.averages
+        return None if averages is None else averages.now
+
+    def begin_epoch(
+        self, length_of: Callable[[int], int], *, is_by_update: bool = False
+    ) -> int:
+        """Starts an empty window.
+
+        Args:
+            length_of: As of `Window.begin`, of the optimizer's updates.
+            is_by_update: Whether it may return several lengths.
+
+        Returns:
+            How many micro-batches it has.
+        """
+        self._is_by_update = is_by_update
+        updates = self._runner.iterations() if is_by_update else 0
+        self._updates_before = updates - self._updates
+        self._window.begin(length_of, updates)
+        if self._step.sums.averages is not None:
+            self._step.sums.averages.begin_epoch()
         self._logs = {}
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
+        return self._window.steps
 
     def give_back(self) -> None:
         """Leaves the model as if it had never been taken over."""
@@ -175,7 +198,7 @@ class Session:
             self._whole.close()
             self._report(self._runner.update())
         # `fit` shows them, if no window of the epoch was closed before.
-        self._logs.update(self._get_plain_metrics())
+        self._logs.update({**self._get_plain_metrics(), **self._shown})
 
     def warn_of_proportions(self) -> None:
         """Warns of losses that one weight was not right for."""
@@ -191,9 +214,11 @@ class Session:
     ) -> None:
         self._window = window
         self._size = size
+        self._is_by_update = False
+        self._updates_before = 0
         self._is_for_fit = is_for_fit
         self._on_update = on_update
-        self._updates = 0
+        self._updates: int = 0
         self._skipped_before = 0
         #: What to write where memory runs out.
         self.advice = ""
@@ -271,8 +296,12 @@ class Session:
             return self._run(iterator, self._window.closes(count))
 
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
+        if not self._window.is_open:
+            self._step.expect(self._window.steps)
         is_plain = is_plain_fit(self._model, self._window.steps)
-        is_plain = is_plain and not self._step.skips
+        is_plain = is_plain and self._step.options.are_of_keras
+        # The other step would be compiled, too.
+        is_plain = is_plain and not self._is_by_update
         if self._whole is not None and not is_plain:
             return self._run_whole(iterator, closes, self._whole)
         if not is_plain and not self._step.trials.are_over:
@@ -283,7 +312,18 @@ class Session:
         if self._window.steps > 1:
             self._step.differences.tell_of_moved()
         self._report(ran.updates)
+        self._correct_window()
         return ran.logs
+
+    def _correct_window(self) -> None:
+        """Has the window know of updates that were not made."""
+        if not self._is_by_update or self._window.is_open:
+            return
+        if self._step.is_scaling:
+            # It leaves some out by itself.
+            self._window.correct(self._runner.iterations())
+        else:
+            self._window.correct(self._updates_before + self._updates)
 
     def _run_whole(
         self, iterator: Any, closes: list[bool], window: WholeWindow
@@ -296,11 +336,13 @@ class Session:
             window.add(batch)
             ran += 1
             if is_last:
-                self._logs = window.close()
+                logs = window.close()
                 self._report(self._runner.update())
+                self._logs = {**logs, **self._shown}
         if ran == 0:
             raise StopIteration
         self._window.advance(ran)
+        self._correct_window()
         self._step.differences.tell_of_moved()
         return self._logs
 
@@ -316,6 +358,8 @@ class Session:
             add = functools.partial(self._add_parts, batch)
             logs = in_parts(batch, size, self._runner, add)
             self._update()
+            if self._whole is not None:
+                logs = {**logs, **self._shown}
         if logs is None:
             raise StopIteration
         return logs
@@ -329,6 +373,12 @@ class Session:
         asked = self.batch_size or sum(examples)
         if asked <= int(size.size) * len(examples):
             warn_of_uncut(int(size.size), asked)
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        """What the log has of gradients."""
+        averages = self._step.sums.averages
+        return {} if averages is None else averages.shown()
 
     def _measure(self, batches: list[Any]) -> None:
         """Has the losses tried on micro-batches, or parts of a batch."""
@@ -406,7 +456,7 @@ class Session:
         if self._step.skips:
             skipped = self._runner.summed(self._step.skipped)
             logs = {**logs, SKIPPED: skipped}
-        return logs
+        return {**logs, **self._shown}
 
     def _make_train_function(self, force: bool = False) -> Any:
         if not self._is_for_fit:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras import ops
 
+from kaccum.checks import scale_of_losses
 from kaccum.step import weights
 from kaccum.step.weights import Reduction
 from kaccum.sums.log_means import LogMean, LogNumber
@@ -173,6 +174,7 @@ class Recording:
                 kept=kept,
                 once=once,
                 undivided=each.undivided,
+                **(self._of_measuring if sums.averages else {}),
             )
         is_shown_late = bool(self.log_numbers)
         self.add_log_numbers(kept)
@@ -259,6 +261,11 @@ class Recording:
             self.backend.assign(log_mean.sums, chosen(kept, new, old))
 
     @property
+    def _of_measuring(self) -> dict[str, Any]:
+        scale = scale_of_losses(self.step.optimizer)
+        return {"examples": self.weight(None), "scale": scale}
+
+    @property
     def _regularizers(self) -> list[Callable[[], Any]]:
         """Functions that return the terms of the loss that have no data."""
 
@@ -278,6 +285,7 @@ class Recording:
             return self.step.kinds.share * total
 
     def _logs(self, logs: Any, kept: Any, is_shown_late: bool) -> Any:
+        sums = self.step.sums
         if not isinstance(logs, dict):
             return logs
         if is_shown_late or kept is not True:
@@ -287,9 +295,12 @@ class Recording:
                 key: now[key] if self._is_shown(key, value, now) else value
                 for key, value in logs.items()
             }
-        if not self.step.skips:
-            return logs
-        return {**logs, SKIPPED: self.backend.shown(self.step.sums.skipped)}
+        if self.step.skips:
+            skipped = self.backend.shown(self.step.sums.skipped)
+            logs = {**logs, SKIPPED: skipped}
+        if sums.averages is not None:
+            logs = {**logs, **sums.averages.shown()}
+        return logs
 
     def _is_shown(self, key: str, value: Any, now: dict[str, Any]) -> bool:
         """Whether an entry of the step's logs is one of the model's metrics."""

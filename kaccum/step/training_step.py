@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import keras
 
 from kaccum.backends import backend
-from kaccum.checks import is_scaling_losses
+from kaccum.checks import is_scaling_losses, scale_of_losses
 from kaccum.patches import patched
 from kaccum.step import hooks
 from kaccum.step.differences import Differences, normalizations_of
@@ -23,6 +23,7 @@ from kaccum.step.trial import Trials
 from kaccum.step.weights import SUMS, Reduction
 from kaccum.step.whole_batch import WholeBatch
 from kaccum.sums.moments import warn_about
+from kaccum.sums.noise import GradientAverages
 from kaccum.sums.open_window import Sums
 
 
@@ -36,18 +37,25 @@ class Options(NamedTuple):
             sample_weight)` that returns the denominator of a micro-batch's
             loss. With `None` it is heard.
         whole_batch_loss: Whether the loss is that of the whole window.
+        log_gradients: Whether the log has norm and noise of gradients.
     """
 
     skip_nonfinite: bool = False
     weight: Any = None
     whole_batch_loss: bool = False
+    log_gradients: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells apart two steps of a model."""
         is_function = callable(self.weight)
         weight = id(self.weight) if is_function else self.weight
-        return self.skip_nonfinite, weight, self.whole_batch_loss
+        return self._replace(weight=weight)
+
+    @property
+    def are_of_keras(self) -> bool:
+        """Whether Keras's own step does all that is asked of windows of one."""
+        return not self.skip_nonfinite and not self.log_gradients
 
 
 class TrainingStep:
@@ -79,15 +87,18 @@ class TrainingStep:
         self.trials = Trials(self)
         #: Its passes, where the loss is that of the whole window.
         self.whole = WholeBatch(self) if options.whole_batch_loss else None
-        self.sums = Sums(self.optimizer)
+        #: Whether the optimizer scales losses.
+        self.is_scaling = is_scaling_losses(self.optimizer)
+        averages = None
+        if options.log_gradients:
+            averages = GradientAverages(leaves_overflow_out=self.is_scaling)
+        self.sums = Sums(self.optimizer, averages)
         self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)
         # Those that the sum does not count.
         self._skipped_earlier = 0
         #: Variables that steps assign, by their `id`.
         self.assigned: dict[int, Any] = {}
-        #: Whether the optimizer scales losses.
-        self.is_scaling = is_scaling_losses(self.optimizer)
         #: Whether it scales the loss of a micro-batch as a part of its window.
         self.scales = False
 
@@ -254,7 +265,10 @@ class TrainingStep:
         releases = self._releases and not self.model.jit_compile
         with patched(self._whole_gradients if self._has_replicas else []):
             return self.sums.close(
-                releases=releases, scales=self.scales, halves=self._halves
+                releases=releases,
+                scales=self.scales,
+                scale=scale_of_losses(self.optimizer),
+                halves=self._halves,
             )
 
     def empty(self) -> None:

@@ -13,10 +13,7 @@ from keras import ops
 # values, the sample weights and the mask together (Keras 3.5 to 3.15).
 from keras.src.losses import loss as loss_module
 
-# The weight of a micro-batch whose mean is of nothing, say all masked. Its loss
-# still has the terms that do not depend on the data, which a window of such
-# micro-batches must not lose. Beside any other weight it is below rounding.
-OF_NOTHING = 2.0**-40
+from kaccum.sums.gradients import OF_NOTHING
 
 SUMS = ("sum", "none")
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")

@@ -10,7 +10,13 @@ import keras
 from keras import ops
 
 from kaccum.backends import SumSpec, backend
+from kaccum.sums.noise import Measured, measured_of_means, measured_of_sums
 from kaccum.sums.totals import chosen
+
+# The weight of a micro-batch whose mean is of nothing, say all masked. Its loss
+# still has the terms that do not depend on the data, which a window of such
+# micro-batches must not lose. Beside any other weight it is below rounding.
+OF_NOTHING = 2.0**-40
 
 
 class _Entry:
@@ -41,33 +47,42 @@ class GradientSums:
 
     Holds their weight (scalar float32), their number (scalar int32), and for
     each variable that ever had a gradient a sum of the variable's shape: in
-    float32 where the gradient is of half precision, else in its dtype.
+    float32 where the gradient is of half precision, else in its dtype. Where
+    they are measured, also: the weighted sum of the squared norms of the
+    micro-batches' gradients, their examples, and how many have some that count
+    (scalars, float32).
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` that makes the updates.
         apply: Function of `(gradients, variables)` that makes one.
+        measures: Whether `close` returns what they are.
     """
 
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
         apply: Callable[..., Any],
+        *,
+        measures: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._apply = apply
+        self._measures = measures
         # By the `id` of their variables.
         self._entries: dict[int, _Entry] = {}
         self._is_divided: bool | None = None
         self._once: Sequence[Callable[[], Any]] = ()
         #: What their sum is multiplied by, a scalar, or `None`.
         self.factor: Any = None
+        #: What the loss is multiplied by in an update's gradient, or `None`.
+        self.scale: Any = None
         #: The `id`s of variables whose gradient would have been of float16.
         self.halves: Collection[int] = ()
         self._backend = backend()
         # Their weight, and how many they are.
-        self._numbers = self._backend.new_sums(
-            [SumSpec((), "float32"), SumSpec((), "int32")]
-        )
+        specs = [SumSpec((), "float32"), SumSpec((), "int32")]
+        specs += [SumSpec((), "float32")] * (3 if measures else 0)
+        self._numbers = self._backend.new_sums(specs)
 
     @property
     def sums(self) -> list[Any]:
@@ -88,6 +103,8 @@ class GradientSums:
         kept: Any = True,
         once: Sequence[Callable[[], Any]] = (),
         undivided: Sequence[Any] | None = None,
+        examples: Any = None,
+        scale: Any = None,
     ) -> None:
         """Adds the gradients of one micro-batch.
 
@@ -101,6 +118,9 @@ class GradientSums:
                 the data. They count once a window.
             undivided: The parts of the gradients that add up as they are, in
                 the same order.
+            examples: Scalar, how many examples they are of, or `None` where
+                they are no gradient of a loss that a micro-batch has by itself.
+            scale: Scalar, what the loss was multiplied by, or `None`.
 
         Raises:
             ValueError: As `GradientAccumulator.add`.
@@ -112,11 +132,15 @@ class GradientSums:
         self._once = once
         numbers = [1.0 if weight is None else weight, 1]
         numbers = chosen(kept, numbers, [0.0, 0])
-        self._backend.increase(self._numbers, numbers)
         if kept is not True:
             gradients = self._backend.zero_unless(kept, gradients)
             if undivided is not None:
                 undivided = self._backend.zero_unless(kept, undivided)
+        if self._measures:
+            told = None if undivided is not None else examples
+            new = self._measured_of(gradients, variables, weight, told, scale)
+            numbers += chosen(kept, new, [0.0, 0.0, 0.0])
+        self._backend.increase(self._numbers, numbers)
         if undivided is not None:
             gradients = self._add_undivided(gradients, variables, undivided)
         entries = [self._entry_of(variable) for variable in variables]
@@ -194,12 +218,15 @@ class GradientSums:
         """The number of micro-batches in what `parts` returned, summed."""
         return int(parts[1])
 
-    def close(self, parts: list[Any]) -> None:
+    def close(self, parts: list[Any]) -> Measured | None:
         """Makes one update of the window's gradient.
 
         Args:
             parts: `parts`, each summed over all replicas. What the sums hold
                 then is of no use: they are to be emptied next.
+
+        Returns:
+            What the gradients are, if they are measured.
 
         Raises:
             RuntimeError: If nothing was added. In a graph of TensorFlow it is
@@ -222,10 +249,19 @@ class GradientSums:
         used = self._used
         if not used:
             raise RuntimeError(NOTHING_ADDED)
-        weight, count, *totals = parts
+        count, totals = parts[1], parts[len(self._numbers) :]
         with self._backend.positive(count, NOTHING_ADDED):
-            gradients = self._window_gradients(weight, count, totals)
+            gradients = self._window_gradients(parts[0], count, totals)
+            once: Sequence[Any] = []
+            if not self._is_divided and self._once:
+                once = self._counted_once(gradients, count - 1)
+            gradients = self._rounded(gradients)
+            measured = None
+            if self._measures:
+                numbers = [parts[0], *parts[2:5]]
+                measured = self._measured(gradients, once, *numbers)
             self._apply(gradients, [entry.variable for entry in used])
+        return measured
 
     def empty(self, *, releases: bool = False) -> None:
         """Makes the sums zero: the open window is forgotten.
@@ -365,8 +401,11 @@ class GradientSums:
             total_of[entry] if entry.is_compiled or entry.is_in_window else None
             for entry in used
         ]
-        if not self._is_divided and self._once:
-            self._subtract_repetitions(gradients, count - 1)
+        return gradients
+
+    def _rounded(self, gradients: list[Any]) -> list[Any]:
+        """The gradients of the used, in the dtypes that they came in."""
+        used = self._used
         gradients = [
             _overflown(g) if id(entry.variable) in self.halves else g
             for g, entry in zip(gradients, used)
@@ -376,23 +415,107 @@ class GradientSums:
             for g, entry in zip(gradients, used)
         ]
 
-    def _subtract_repetitions(
+    def _counted_once(
         self, gradients: list[Any], repetitions: Any
-    ) -> None:
-        """Takes out all but one of the terms that every micro-batch added."""
+    ) -> list[Any]:
+        """Takes out all but one of the terms that every micro-batch added.
+
+        Returns:
+            The gradients of what stays of these terms, or `None`s.
+        """
+        variables = [entry.variable for entry in self._used]
+        once = self._gradients_of_terms(variables, gradients)
+        for i, term in enumerate(once):
+            if term is not None:
+                if self.factor is not None:
+                    once[i] = term = term * ops.cast(self.factor, term.dtype)
+                gradients[i] -= ops.cast(repetitions, term.dtype) * term
+        return once
+
+    def _gradients_of_terms(
+        self, variables: Sequence[Any], beside: Sequence[Any]
+    ) -> list[Any]:
+        """Those of the terms that count once, in the dtypes of others."""
 
         def loss() -> Any:
             return sum(ops.sum(term()) for term in self._once)
 
+        found = self._backend.gradients_of(loss, variables)
+        return [
+            None if g is None or like is None else ops.cast(g, like.dtype)
+            for g, like in zip(found, beside)
+        ]
+
+    def _measured_of(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        weight: Any,
+        examples: Any,
+        scale: Any,
+    ) -> list[Any]:
+        """What a micro-batch adds to the last three numbers."""
+        if examples is None:
+            return [0.0, 0.0, 0.0]
+        if weight is None and self._once:
+            dense = [
+                g if g is None else self._backend.dense(g) for g in gradients
+            ]
+            once = self._gradients_of_terms(variables, dense)
+            gradients = _without(dense, once)
+        share = weight
+        if weight is None:
+            share = ops.divide_no_nan(1.0, examples)
+        counts = examples if weight is None else weight
+        is_counted = ops.cast(ops.greater(counts, OF_NOTHING), "float32")
+        square = self._square_of(gradients, variables, scale)
+        return [square * share, examples, is_counted]
+
+    def _measured(
+        self,
+        gradients: Sequence[Any],
+        once: Sequence[Any],
+        weight: Any,
+        squares: Any,
+        examples: Any,
+        count: Any,
+    ) -> Measured:
+        """What the gradients of the window are, as if no loss was scaled."""
         variables = [entry.variable for entry in self._used]
-        once = self._backend.gradients_of(loss, variables)
-        for i, term in enumerate(once):
-            if term is not None and gradients[i] is not None:
-                dtype = gradients[i].dtype
-                term = ops.cast(repetitions, dtype) * ops.cast(term, dtype)
-                if self.factor is not None:
-                    term = term * ops.cast(self.factor, dtype)
-                gradients[i] -= term
+        if self.factor is not None:
+            squares = squares * ops.square(self.factor)
+        square = self._square_of(gradients, variables, self.scale)
+        if self._is_divided:
+            return measured_of_means(square, squares, weight, examples, count)
+        of_data = square
+        if once:
+            rest = _without(gradients, once)
+            of_data = self._square_of(rest, variables, self.scale)
+        return measured_of_sums(square, of_data, squares, examples, count)
+
+    def _square_of(
+        self, gradients: Sequence[Any], variables: Sequence[Any], scale: Any
+    ) -> Any:
+        """The squared norm of gradients, as if no loss was multiplied."""
+        found = [
+            gradient
+            for gradient, variable in zip(gradients, variables)
+            if gradient is not None
+            and not getattr(variable, "overwrite_with_gradient", False)
+        ]
+        if scale is not None:
+            # Before they are squared: a large scale would overflow.
+            dense = [self._backend.dense(gradient) for gradient in found]
+            share = 1.0 / ops.cast(scale, "float32")
+            found = [ops.cast(each, "float32") * share for each in dense]
+        return self._backend.squared_norm(found)
+
+
+def _without(gradients: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+    return [
+        gradient if part is None else gradient - part
+        for gradient, part in zip(gradients, parts)
+    ]
 
 
 def _overflown(gradient: Any) -> Any:

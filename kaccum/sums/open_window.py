@@ -13,6 +13,7 @@ from kaccum.backends import SumSpec, backend
 from kaccum.sums.gradients import GradientSums
 from kaccum.sums.log_means import LogMean, LogNumber
 from kaccum.sums.moments import LayerMoments, Moments
+from kaccum.sums.noise import GradientAverages
 from kaccum.sums.proportions import Proportions
 
 
@@ -41,16 +42,24 @@ class Sums:
     Under a `LossScaleOptimizer`: by how much the loss of a micro-batch is
     scaled down, `()`, float32.
 
-    For the epoch: how many micro-batches were left out, `()`, int32.
+    For the epoch: how many micro-batches were left out, `()`, int32. And, where
+    gradients are measured, what updates were (`GradientAverages`).
 
     Each replica has its own, which an update adds up in one all-reduce.
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` that makes the updates.
+        averages: Those of what updates measure, if they do.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        averages: GradientAverages | None = None,
+    ) -> None:
         self._optimizer = optimizer
+        #: What updates measured, or `None`.
+        self.averages = averages
         #: By the order of the calls.
         self.gradients: list[GradientSums] = []
         # By metric, or layer, and call: a step may use one more than once.
@@ -66,7 +75,9 @@ class Sums:
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
         if call == len(self.gradients):
-            self.gradients.append(GradientSums(self._optimizer, apply))
+            measures = self.averages is not None
+            sums = GradientSums(self._optimizer, apply, measures=measures)
+            self.gradients.append(sums)
         return self.gradients[call]
 
     def log_mean(self, number: LogNumber, *, is_sum: bool) -> LogMean:
@@ -102,6 +113,7 @@ class Sums:
             *self._skipped,
             *self._parts,
             *kept,
+            *(self.averages.sums if self.averages else []),
             *(total for member in self._members for total in member.sums),
             *(self._proportions.sums if self._proportions else []),
         ]
@@ -146,6 +158,7 @@ class Sums:
         *,
         releases: bool,
         scales: bool,
+        scale: Any = None,
         halves: Collection[int] = (),
     ) -> bool:
         """Makes the update of the open window, on each replica.
@@ -155,6 +168,7 @@ class Sums:
         Args:
             releases: As of `GradientSums.parts`.
             scales: Whether the losses were scaled down.
+            scale: What the optimizer multiplies them by, or `None`.
             halves: The `id`s of variables whose gradient would have been of
                 float16.
 
@@ -164,6 +178,7 @@ class Sums:
         """
         for each in self.gradients:
             each.factor = self.parts_of_loss if scales else None
+            each.scale = scale
             each.halves = halves
         groups = [each.parts(releases=releases) for each in self.gradients]
         groups += [each.parts() for each in [*self._others, *self._compared]]
@@ -174,9 +189,14 @@ class Sums:
             each.count_in(group) for each, group in zip(self.gradients, summed)
         ):
             return False
-        members = [*self._members, *self._compared]
-        for member, group in zip(members, summed):
-            member.close(group)
+        measured: list[Any] = []
+        for each, group in zip(self.gradients, summed):
+            measured += filter(None, [each.close(group)])
+        others = [*self._others, *self._compared]
+        for other, group in zip(others, summed[len(self.gradients) :]):
+            other.close(group)
+        if self.averages is not None:
+            self.averages.add(measured)
         return True
 
     def empty(self, *, releases: bool) -> None:

@@ -52,6 +52,7 @@ class JaxRunner(Runner):
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
+        self._averages: list[Any] = []
         # What is donated changes in its own memory. An error in *add* leaves
         # what it was called with, but for the sums.
         self._add = self._compiled(self._traced_add, donated=[1])
@@ -95,6 +96,10 @@ class JaxRunner(Runner):
     def remember(self) -> None:
         super().remember()
         self._before = self._state
+        averages = self._step.sums.averages
+        if averages is not None:
+            # What they hold is donated.
+            self._averages = [jnp.copy(t.value) for t in averages.sums]
 
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         variables = self._variables
@@ -112,6 +117,10 @@ class JaxRunner(Runner):
     def restore(self) -> None:
         super().restore()
         self._state = self._before
+        averages = self._step.sums.averages
+        if averages is not None:
+            for total, value in zip(averages.sums, self._averages):
+                total.value = jnp.copy(value)
 
     def forget(self) -> None:
         self._before = None
@@ -218,6 +227,14 @@ class JaxRunner(Runner):
 
     def return_to(self, state: list[Any]) -> None:
         self._state = self._state._replace(non_trainable=state)
+
+    def iterations(self) -> int:
+        if self._state is None:
+            return super().iterations()
+        iterations = self.model.optimizer.iterations
+        optimizer = self._optimizer.variables
+        places = [i for i, v in enumerate(optimizer) if v is iterations]
+        return int(self._state.optimizer[places[0]])
 
     def _run_update(self) -> None:
         with self.with_state():

@@ -108,6 +108,12 @@ class Arithmetic(Replicas):
     def dense(self, gradient: Any) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
 
+    def squared_norm(self, gradients: Sequence[Any]) -> tf.Tensor:
+        halves = [
+            tf.nn.l2_loss(tf.cast(self.dense(g), tf.float32)) for g in gradients
+        ]
+        return 2.0 * tf.add_n([tf.zeros(()), *halves])
+
     def all_finite(self, gradients: Sequence[Any]) -> tf.Tensor:
         values = [_values(g) for g in gradients if g is not None]
         finite = [tf.reduce_all(tf.math.is_finite(v)) for v in values]

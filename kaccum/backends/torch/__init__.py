@@ -80,6 +80,14 @@ class TorchBackend(Processes):
         for total in sums:
             total.untyped_storage().resize_(0)
 
+    @torch.no_grad()
+    def squared_norm(self, gradients: Sequence[Any]) -> torch.Tensor:
+        if not gradients:
+            return keras.ops.zeros(())
+        norms = torch._foreach_norm([g.float() for g in gradients])
+        device = norms[0].device
+        return torch.stack([n.to(device) for n in norms]).square().sum()
+
     @contextlib.contextmanager
     def differentiating_twice(self) -> Iterator[Callable[..., list[Any]]]:
         # The step goes on from the same forward pass.
