@@ -21,6 +21,7 @@ LARGE = "large batch"
 BARE = "bare loop"
 WHOLE_STEPS = "whole, steps"
 WHOLE_CUT = "whole, cut"
+LOGGED = "steps, log_gradients"
 WAYS = (PLAIN, KERAS, STEPS, CUT, LARGE, BARE)
 
 
@@ -65,7 +66,7 @@ class Way:
     """One way to train a network with Adam.
 
     Args:
-        name: One of `WAYS`, or of those of `whole_batch_loss`.
+        name: One of `WAYS`, or another one of these.
         network: What to train.
         is_xla: Whether XLA compiles the steps.
         window: How many micro-batches make an update.
@@ -146,8 +147,9 @@ class Way:
         ours = functools.partial(
             GradientAccumulationCallback,
             whole_batch_loss=self.name in (WHOLE_STEPS, WHOLE_CUT),
+            log_gradients=self.name == LOGGED,
         )
-        if self.name in (STEPS, WHOLE_STEPS):
+        if self.name in (STEPS, WHOLE_STEPS, LOGGED):
             callbacks.append(ours(self.window))
         elif self.name in (CUT, WHOLE_CUT):
             size = self._network.micro_batch

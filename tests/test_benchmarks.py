@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks import growth, memory, speed, whole_batch
+from benchmarks import gradients, growth, memory, speed, whole_batch
 from benchmarks.networks import Network, many_variables, normal
 from benchmarks.ways import (
     BARE,
@@ -29,6 +29,18 @@ def test_ratios_are_of_pairs():
     assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
     assert ratio([1.0, 4.0, 30.0], [1.0, 2.0, 3.0]) == 2.0
     assert ratio([1.0, 4.0, 9.0], [2.0, 2.0, 9.0]) == 1.0
+
+
+def test_what_gradients_cost_is_measured(monkeypatch, tmp_path, capsys):
+    """With them and without them, and without them again."""
+    monkeypatch.setattr(gradients, "NETWORKS", {"tiny": TINY})
+    path = tmp_path / "rows.csv"
+    options = ["--quick", "--rounds", "1", "--networks", "tiny"]
+    assert gradients.main([*options, "--csv", str(path)]) == 0
+    with path.open() as file:
+        (row,) = csv.DictReader(file)
+    assert all(float(row[name]) > 0 for name in ("with_it", "alike"))
+    assert "with it" in capsys.readouterr().out
 
 
 def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):

@@ -96,6 +96,19 @@ def test_every_example_of_a_page_runs(page, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept")
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=needs_graphs)])
+def test_a_resumed_run_is_as_if_it_had_not_stopped(number):
+    """In the middle of an epoch, by an index or a checkpoint of `tf.data`."""
+    programs = [textwrap.dedent(text) for _, text in examples_of("resuming")]
+    program = "\n".join(programs[:number])
+    same = "largest difference: 0.0"
+    assert set(run(program).splitlines()[1:]) == {same}
+    # Without the seeds it is another run, so this test can fail.
+    broken = program.replace("variable.assign(value)", "pass")
+    assert run(broken).splitlines()[-1] != same
+
+
 def test_moving_keeps_the_state_of_the_optimizer(tmp_path, monkeypatch):
     """A model that Keras's own trained goes on as one of large batches."""
     monkeypatch.chdir(tmp_path)
