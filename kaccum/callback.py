@@ -232,7 +232,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     @property
     def gradients(self) -> GradientNoise | None:
-        """What the last updates say of the batch: signal, noise, scale.
+        """Signal, noise and their ratio in the gradients of the last updates.
 
         `None` without `log_gradients`. The numbers are NaN before the first
         update of the (last) fit whose window has several micro-batches.
