@@ -196,9 +196,8 @@ def expected(loss, regularizer, steps, size=SIZE):
         counts = [len(part) for part in parts]
         gradients = [gradient_of(model, part) for part in parts]
         if is_sum:
-            # Of the default "l2", 0.01.
             first, *others = model.get_weights()
-            share = 0.02 if regularizer else 0.0
+            share = 2.0 * WEIGHT if regularizer else 0.0
             shared = [share * first, *(0.0 * other for other in others)]
             shared = np.concatenate([np.ravel(each) for each in shared])
             gradients = [(g - shared) / n for g, n in zip(gradients, counts)]
@@ -211,6 +210,9 @@ def expected(loss, regularizer, steps, size=SIZE):
     return np.mean(norms), noise / signal if steps > 1 else np.nan
 
 
+# Of a sum, each micro-batch has it whole: it must be of some size to be seen.
+WEIGHT = 3.0
+REGULARIZER = keras.regularizers.L2(WEIGHT)
 SUM = keras.losses.MeanSquaredError(reduction="sum")
 
 
@@ -244,8 +246,8 @@ def test_the_log_has_norm_and_noise_scale(execution, count):
 @pytest.mark.parametrize("loss", ["mse", SUM])
 def test_a_regularizer_is_signal(loss):
     """It is in the gradient of each micro-batch, or once in that of a sum."""
-    log, _ = fit(build(loss, "l2"), steps=4)
-    assert_expected(log, loss, "l2")
+    log, _ = fit(build(loss, REGULARIZER), steps=4)
+    assert_expected(log, loss, REGULARIZER)
 
 
 def test_a_batch_that_is_cut_is_measured_alike():
