@@ -221,7 +221,7 @@ def train(rank, processes, case):
             `killed` after an epoch, and goes on from its `BackupAndRestore`; a
             `whole` loss; a first process that is `silent` and adds nothing;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
-            micro-batches with a NaN; `alone`, the `micro_batch_size` of a
+            micro-batches with a NaN, `measures` gradients; `alone`, the `micro_batch_size` of a
             single process.
     """
     import keras
@@ -259,6 +259,7 @@ def train(rank, processes, case):
     metrics = None if case.get("heads") else ["mae"]
     model.compile(optimizer, loss, weighted_metrics=metrics)
     options = {"skip_nonfinite": True} if case.get("skips") else {}
+    options["log_gradients"] = case.get("measures", False)
     if case.get("whole"):
         options["whole_batch_loss"] = True
     if case.get("cut"):
@@ -267,7 +268,8 @@ def train(rank, processes, case):
         callback = GradientAccumulationCallback(case["steps"], **options)
     if processes == 1:
         callback = GradientAccumulationCallback(
-            micro_batch_size=case.get("alone", 1)
+            micro_batch_size=case.get("alone", 1),
+            log_gradients=case.get("measures", False),
         )
     callbacks = [callback]
     if case.get("stops") and rank == 0:

@@ -70,6 +70,8 @@ OTHERS = {
     "killed": {**STEPS, "killed": True},
     "validates": {**STEPS, "cut": 3, "validates": True},
     "plain": {**STEPS, "plain": True},
+    # The part of a process is a micro-batch.
+    "measures": {**STEPS, "measures": True, "alone": 4, "examples": 64},
     "normalizes": {
         **STEPS,
         "normalizes": True,
@@ -80,11 +82,14 @@ OTHERS = {
 }
 
 
+ALONE = ("normalizes", "measures")
+
+
 @functools.cache
 def ran(count):
     """All cases in so many processes: to start them takes longest."""
     cases = {
-        1: {**CASES, "normalizes": OTHERS["normalizes"]},
+        1: {**CASES, **{name: OTHERS[name] for name in ALONE}},
         2: {**OF_TWO, **OTHERS},
         3: OF_THREE,
     }[count]
@@ -133,6 +138,15 @@ def test_normalization_pools_processes():
     """Each has the moving statistics of all, as if one had them all."""
     (one,) = ran(1)["normalizes"]
     assert_alike(ran(2)["normalizes"], one)
+
+
+@only_on_torch
+@needs_wrapping
+def test_processes_measure_the_gradients_of_all():
+    """Norm and noise scale are those of as many micro-batches in one."""
+    (one,) = ran(1)["measures"]
+    assert np.isfinite(one["history"]["noise_scale"]).all()
+    assert_alike(ran(2)["measures"], one, rtol=1e-4)
 
 
 @only_on_torch
