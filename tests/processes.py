@@ -221,8 +221,8 @@ def train(rank, processes, case):
             `killed` after an epoch, and goes on from its `BackupAndRestore`; a
             `whole` loss; a first process that is `silent` and adds nothing;
             `reduction` of the loss, `clipnorm`, `scales` the loss, `skips`
-            micro-batches with a NaN, `measures` gradients; `alone`, the `micro_batch_size` of a
-            single process.
+            micro-batches with a NaN, `measures` gradients; `alone`, the
+            `micro_batch_size` of a single process.
     """
     import keras
     import numpy as np
