@@ -54,7 +54,9 @@ def sums_of_one_variable():
     variable = keras.Variable(np.zeros(3, "float32"))
     optimizer = keras.optimizers.SGD(0.0)
     optimizer.build([variable])
-    return GradientSums(optimizer, optimizer.apply, measures=True), variable
+    square_of = functools.partial(backend().squared_norm, is_xla=False)
+    sums = GradientSums(optimizer, optimizer.apply, square_of=square_of)
+    return sums, variable
 
 
 def measured(weights, examples, gradients):
@@ -134,6 +136,22 @@ def test_micro_batches_of_nothing_do_not_count():
     found = measured([2, 2, 2.0**-40], [2, 2, 0], gradients)
     expected = of_equal(2, np.array(gradients[:2]))
     np.testing.assert_allclose(found[1:3], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_xla", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_the_squared_norm_is_that_of_all_elements(kind, is_xla):
+    """Whatever is faster: of large and small ones, in odd shapes."""
+    shapes = [(), (3,), (300, 301), (2, 3, 4), (1 << 17,), (75_001,)]
+    arrays = [RNG.normal(size=shape).astype(kind) for shape in shapes]
+    tensors = [ops.convert_to_tensor(array) for array in arrays]
+    tensors.append(ops.transpose(tensors[2]))
+    arrays.append(arrays[2])
+    truth = sum(np.sum(array.astype("float64") ** 2) for array in arrays)
+    found = backend().squared_norm(tensors, is_xla=is_xla)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    np.testing.assert_allclose(float(found), truth, rtol=1e-5)
+    assert float(backend().squared_norm([], is_xla=is_xla)) == 0.0
 
 
 # In `fit`, at weights that do not move.

@@ -91,7 +91,10 @@ class TrainingStep:
         self.is_scaling = is_scaling_losses(self.optimizer)
         averages = None
         if options.log_gradients:
-            averages = GradientAverages(leaves_overflow_out=self.is_scaling)
+            averages = GradientAverages(
+                leaves_overflow_out=self.is_scaling,
+                is_xla=model.jit_compile and not model.run_eagerly,
+            )
         self.sums = Sums(self.optimizer, averages)
         self._hooks = hooks.overhearing(self)
         self._whole_gradients = hooks.whole_gradients(self.optimizer)

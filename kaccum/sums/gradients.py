@@ -55,7 +55,8 @@ class GradientSums:
     Args:
         optimizer: The `keras.optimizers.Optimizer` that makes the updates.
         apply: Function of `(gradients, variables)` that makes one.
-        measures: Whether `close` returns what they are.
+        square_of: Function of tensors that returns the squared norm of all of
+            them, a scalar, if gradients are measured.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class GradientSums:
         optimizer: keras.optimizers.Optimizer,
         apply: Callable[..., Any],
         *,
-        measures: bool = False,
+        square_of: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._apply = apply
-        self._measures = measures
+        self._norm_of = square_of
         # By the `id` of their variables.
         self._entries: dict[int, _Entry] = {}
         self._is_divided: bool | None = None
@@ -81,7 +82,7 @@ class GradientSums:
         self._backend = backend()
         # Their weight, and how many they are.
         specs = [SumSpec((), "float32"), SumSpec((), "int32")]
-        specs += [SumSpec((), "float32")] * (3 if measures else 0)
+        specs += [SumSpec((), "float32")] * (3 if square_of else 0)
         self._numbers = self._backend.new_sums(specs)
 
     @property
@@ -136,7 +137,7 @@ class GradientSums:
             gradients = self._backend.zero_unless(kept, gradients)
             if undivided is not None:
                 undivided = self._backend.zero_unless(kept, undivided)
-        if self._measures:
+        if self._norm_of is not None:
             told = None if undivided is not None else examples
             new = self._measured_of(gradients, variables, weight, told, scale)
             numbers += chosen(kept, new, [0.0, 0.0, 0.0])
@@ -257,7 +258,7 @@ class GradientSums:
                 once = self._counted_once(gradients, count - 1)
             gradients = self._rounded(gradients)
             measured = None
-            if self._measures:
+            if self._norm_of is not None:
                 numbers = [parts[0], *parts[2:5]]
                 measured = self._measured(gradients, once, *numbers)
             self._apply(gradients, [entry.variable for entry in used])
@@ -508,7 +509,8 @@ class GradientSums:
             dense = [self._backend.dense(gradient) for gradient in found]
             share = 1.0 / ops.cast(scale, "float32")
             found = [ops.cast(each, "float32") * share for each in dense]
-        return self._backend.squared_norm(found)
+        assert self._norm_of is not None
+        return self._norm_of(found)
 
 
 def _without(gradients: Sequence[Any], parts: Sequence[Any]) -> list[Any]:

@@ -25,6 +25,7 @@ What all g_i have in common, as the gradient of a regularizer, is no noise.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -118,11 +119,16 @@ class GradientAverages:
     Args:
         leaves_overflow_out: Whether an update whose gradient is not finite is
             none.
+        is_xla: Whether XLA compiles the steps.
     """
 
-    def __init__(self, leaves_overflow_out: bool) -> None:
+    def __init__(self, *, leaves_overflow_out: bool, is_xla: bool) -> None:
         self._leaves_overflow_out = leaves_overflow_out
         self._backend = backend()
+        #: As of `GradientSums`.
+        self.square_of = functools.partial(
+            self._backend.squared_norm, is_xla=is_xla
+        )
         #: The sums. An update leaves them.
         self.sums = self._backend.new_sums(
             [SumSpec((2,), "float32"), SumSpec((3,), "float32")]

@@ -75,9 +75,10 @@ class Sums:
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
         if call == len(self.gradients):
-            measures = self.averages is not None
-            sums = GradientSums(self._optimizer, apply, measures=measures)
-            self.gradients.append(sums)
+            square_of = self.averages.square_of if self.averages else None
+            self.gradients.append(
+                GradientSums(self._optimizer, apply, square_of=square_of)
+            )
         return self.gradients[call]
 
     def log_mean(self, number: LogNumber, *, is_sum: bool) -> LogMean:

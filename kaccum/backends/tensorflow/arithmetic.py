@@ -108,11 +108,12 @@ class Arithmetic(Replicas):
     def dense(self, gradient: Any) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
 
-    def squared_norm(self, gradients: Sequence[Any]) -> tf.Tensor:
-        halves = [
-            tf.nn.l2_loss(tf.cast(self.dense(g), tf.float32)) for g in gradients
-        ]
-        return 2.0 * tf.add_n([tf.zeros(()), *halves])
+    def squared_norm(
+        self, gradients: Sequence[Any], *, is_xla: bool
+    ) -> tf.Tensor:
+        square = _square_by_parts if is_xla else _square
+        found = [square(tf.cast(self.dense(g), tf.float32)) for g in gradients]
+        return tf.add_n([tf.zeros(()), *found])
 
     def all_finite(self, gradients: Sequence[Any]) -> tf.Tensor:
         values = [_values(g) for g in gradients if g is not None]
@@ -177,6 +178,23 @@ class Arithmetic(Replicas):
         return None if self.is_eager() else tf.compat.v1.get_default_graph()
 
 
+def _square(tensor: tf.Tensor) -> tf.Tensor:
+    return 2.0 * tf.nn.l2_loss(tensor)
+
+
+def _square_by_parts(tensor: tf.Tensor) -> tf.Tensor:
+    """The same, in one pass: XLA writes all squares to memory otherwise (2.21).
+
+    What it adds up element by element it computes on the way.
+    """
+    if tensor.shape.num_elements() is None or _is_small(tensor):
+        return _square(tensor)
+    size = tensor.shape.num_elements()
+    count = next(n for n in (8, 4, 2, 1) if size % n == 0)
+    parts = tf.unstack(tf.reshape(tensor, [count, size // count]))
+    return tf.reduce_sum(sum(map(tf.square, parts)))
+
+
 def _zeros(shape: Any, dtype: str) -> tf.Variable:
     return tf.Variable(
         tf.zeros(shape, dtype),
@@ -236,7 +254,7 @@ def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
         )
 
 
-def _is_small(total: tf.Variable) -> bool:
+def _is_small(total: Any) -> bool:
     """Whether memory is less than the operations that would save it."""
     return bool(total.shape.num_elements() < 2**16)
 

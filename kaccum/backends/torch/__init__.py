@@ -81,11 +81,17 @@ class TorchBackend(Processes):
             total.untyped_storage().resize_(0)
 
     @torch.no_grad()
-    def squared_norm(self, gradients: Sequence[Any]) -> torch.Tensor:
+    def squared_norm(
+        self, gradients: Sequence[Any], *, is_xla: bool
+    ) -> torch.Tensor:
         if not gradients:
             return keras.ops.zeros(())
-        norms = torch._foreach_norm([g.float() for g in gradients])
-        device = norms[0].device
+        gradients = [gradient.float() for gradient in gradients]
+        device = gradients[0].device
+        if device.type == "cpu":
+            squares = [torch.dot(flat, flat) for flat in map(_flat, gradients)]
+            return torch.stack(squares).sum()
+        norms = torch._foreach_norm(gradients)
         return torch.stack([n.to(device) for n in norms]).square().sum()
 
     @contextlib.contextmanager
@@ -192,6 +198,12 @@ def _gradients(value: Any, sources: list[Any], **options: Any) -> list[Any]:
     return list(
         torch.autograd.grad(value, sources, allow_unused=True, **options)
     )
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in some order, without a copy where there need be none."""
+    is_transposed = tensor.dim() == 2 and not tensor.is_contiguous()
+    return (tensor.T if is_transposed else tensor).reshape(-1)
 
 
 def _detached(leaf: Any) -> Any:
