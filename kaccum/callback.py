@@ -63,7 +63,8 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
     Args:
         steps: How many batches make one update: int >= 1; a dict of them by
             first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
-            from 0 on) that returns one. 1 is a plain fit.
+            from 0 on) that returns one. 1 is a plain fit, but with another
+            argument that a plain fit knows nothing of.
         by: "epoch"; or "update", if the keys of the dict, and what the function
             is called with, are numbers of updates that the optimizer has made
             (its `iterations`, those of earlier fits, too). The length of a
@@ -99,9 +100,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             mean over the epoch's updates; and `noise_scale`, the gradient noise
             scale, in examples, of the last 100 updates or so (McCandlish et al.
             2018, arXiv:1812.06162, appendix A). It is NaN where micro-batches
-            tell none: in windows of one, with `whole_batch_loss`, where one
-            loss is a mean and another one a sum, or where the estimate of the
-            gradient's signal is not positive. See `gradients`.
+            tell none: if the epoch had windows of one only, with
+            `whole_batch_loss`, where one loss is a mean and another one a sum,
+            or where the estimate of the gradient's signal is not positive. See
+            `gradients`.
         on_update: Function called with the number of updates (int) that this
             fit made so far, after each one. With `steps_per_execution` it is
             called after each execution, once for each update in it.

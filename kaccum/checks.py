@@ -172,12 +172,16 @@ def is_scaling_losses(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def scale_of_losses(optimizer: keras.optimizers.Optimizer) -> Any:
-    """What a `LossScaleOptimizer` multiplies the loss by, or `None`."""
-    kind = keras.optimizers.LossScaleOptimizer
-    for each in with_inner(optimizer):
-        if isinstance(each, kind):
-            return keras.ops.convert_to_tensor(each.dynamic_scale)
-    return None
+    """What an optimizer multiplies the loss by, and divides gradients by.
+
+    Returns:
+        A float, a scalar tensor, or `None`.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if not optimizer.built:
+            return optimizer.initial_scale
+        return keras.ops.convert_to_tensor(optimizer.dynamic_scale)
+    return getattr(optimizer, "loss_scale_factor", None)
 
 
 def with_inner(optimizer: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from kaccum.backends import backend
 from kaccum.sums.gradients import GradientSums
 from kaccum.sums.noise import DECAY
 from tests import reference
-from tests.backends import EXECUTIONS, compile_options, only_on
+from tests.backends import BACKEND, EXECUTIONS, compile_options, only_on
 from tests.profiles import at_night, drawn
 
 RNG = np.random.default_rng(0)
@@ -285,6 +285,83 @@ def test_windows_of_one_micro_batch_have_no_scale():
     assert np.isnan(callback.gradients).all()
 
 
+def test_an_epoch_of_such_windows_has_no_scale_of_earlier_ones():
+    """Nor one that a short window of one micro-batch ends takes it away."""
+    log, callback = fit(build(), x=X[:36], steps={0: 4, 1: 1})
+    assert np.isfinite(log["noise_scale"][0])
+    assert np.isnan(log["noise_scale"][1])
+    assert np.isfinite(callback.gradients.scale)
+
+
+def test_a_fixed_scale_of_the_loss_is_undone():
+    """`loss_scale_factor` of an optimizer."""
+    logs = []
+    for factor in (None, 8.0):
+        model = keras.models.clone_model(build())
+        model.set_weights(build().get_weights())
+        optimizer = keras.optimizers.SGD(0.0, loss_scale_factor=factor)
+        model.compile(optimizer, "mse", **compile_options())
+        logs.append(fit(model, steps=4)[0])
+    for name in NAMES:
+        np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-5)
+
+
+def test_a_step_with_entries_of_its_own_logs_all_updates():
+    """`fit` then shows what the last step returned."""
+
+    class Own(keras.Model):
+        def compute_metrics(self, *arguments, **options):
+            super().compute_metrics(*arguments, **options)
+            return {"mine": ops.ones(())}
+
+    inputs = keras.Input((5,))
+    model = Own(inputs, build()(inputs))
+    model.compile(keras.optimizers.SGD(0.0), "mse", **compile_options())
+    model.layers[-1].trainable = True
+    log, _ = fit(model, steps=4)
+    assert "mine" in log
+    assert_expected(log)
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
+def test_a_model_without_weights_has_no_numbers():
+    """There is no gradient."""
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(2)])
+    model.trainable = False
+    model.compile(keras.optimizers.SGD(0.0), "mse", **compile_options())
+    log, _ = fit(model, steps=4)
+    assert np.isnan(log["gradient_norm"]).all()
+
+
+@pytest.mark.parametrize("policy", ["float64", "bfloat16"])
+def test_other_precisions_are_measured_in_float32(policy):
+    """Whatever Keras's own numbers are in."""
+    if BACKEND == "jax" and policy == "float64":
+        pytest.skip("JAX has no float64 by default")
+    # Keras adds losses of two dtypes up, which TensorFlow refuses (3.15).
+    is_refused = BACKEND == "tensorflow" and policy == "bfloat16"
+    regularizer = None if is_refused else REGULARIZER
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64" if policy == "float64" else "float32")
+    keras.config.set_dtype_policy(policy)
+    try:
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((5,)),
+                layers.Dense(2, kernel_regularizer=regularizer),
+            ]
+        )
+        for loss in ("mse", keras.losses.MeanSquaredError(reduction="sum")):
+            model.compile(keras.optimizers.SGD(0.0), loss, **compile_options())
+            log, callback = fit(model, steps=4)
+            assert np.isfinite(log["gradient_norm"]).all()
+            assert np.isfinite(callback.gradients[:2]).all()
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+
+
 def test_a_signal_that_is_not_positive_gives_no_scale():
     """Pure chance: not a wrong number, and not an infinite one."""
     callback = GradientAccumulationCallback(2, log_gradients=True)
@@ -431,9 +508,9 @@ def test_off_nothing_is_measured():
     options = {"shuffle": False, "verbose": 0, "callbacks": [callback]}
     assert list(model.fit(X, Y, SIZE, **options).history) == ["loss"]
     assert callback.gradients is None
-    sums, _ = sums_of_one_variable()
-    assert len(sums.sums) == 6
-    assert len(GradientSums(sums._optimizer, None).sums) == 2
+    optimizer, square_of = keras.optimizers.SGD(0.0), lambda gradients: 0.0
+    assert len(GradientSums(optimizer, None).sums) == 2
+    assert len(GradientSums(optimizer, None, square_of=square_of).sums) == 5
 
 
 @only_on("tensorflow", reason="of `tf.distribute`")

@@ -123,7 +123,7 @@ class Backend(abc.ABC):
             gradients: Tensors, also sparse ones.
             is_xla: Whether XLA compiles it.
         """
-        total = ops.zeros(())
+        total = ops.zeros((), "float32")
         for gradient in gradients:
             squares = ops.square(ops.cast(self.dense(gradient), "float32"))
             # On a processor XLA is twice as fast along the first axes.

@@ -47,6 +47,9 @@ class Session:
         self._whole: WholeWindow | None = None
         # Those of the last window that closed in this epoch.
         self._logs: Any = {}
+        # What the last steps of it returned.
+        self._last_logs: Any = None
+        self._length_of: Callable[[int], int]
         self._begin(Window(1), is_for_fit=True)
         # As of its class, where that may be replaced while a step runs.
         self._get_plain_metrics = vars(model).get(
@@ -165,15 +168,19 @@ class Session:
             How many micro-batches it has.
         """
         self._is_by_update = is_by_update
-        updates = self._runner.iterations() if is_by_update else 0
-        self._updates_before = updates - self._updates
-        self._window.begin(length_of, updates)
+        self._length_of = length_of
+        self._begin_window()
         if self._step.sums.averages is not None:
             self._step.sums.averages.begin_epoch()
-        self._logs = {}
+        self._logs, self._last_logs = {}, None
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
         return self._window.steps
+
+    def _begin_window(self) -> None:
+        updates = self._runner.iterations() if self._is_by_update else 0
+        self._updates_before = updates - self._updates
+        self._window.begin(self._length_of, updates)
 
     def give_back(self) -> None:
         """Leaves the model as if it had never been taken over."""
@@ -214,6 +221,7 @@ class Session:
     ) -> None:
         self._window = window
         self._size = size
+        self._length_of = lambda updates: window.steps
         self._is_by_update = False
         self._updates_before = 0
         self._is_for_fit = is_for_fit
@@ -292,8 +300,11 @@ class Session:
         count = self._model.steps_per_execution
         with self._recovering():
             if self._size is not None:
-                return self._run_batches(iterator, count, self._size)
-            return self._run(iterator, self._window.closes(count))
+                logs = self._run_batches(iterator, count, self._size)
+            else:
+                logs = self._run(iterator, self._window.closes(count))
+            self._last_logs = logs
+            return logs
 
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         if not self._window.is_open:
@@ -456,7 +467,11 @@ class Session:
         if self._step.skips:
             skipped = self._runner.summed(self._step.skipped)
             logs = {**logs, SKIPPED: skipped}
-        return {**logs, **self._shown}
+        shown = self._shown
+        if shown and isinstance(self._last_logs, dict):
+            # `fit` shows these if a step of the model's own has other entries.
+            self._last_logs.update(shown)
+        return {**logs, **shown}
 
     def _make_train_function(self, force: bool = False) -> Any:
         if not self._is_for_fit:
@@ -479,7 +494,7 @@ class Session:
         """Compiles again, as a model that was changed asks for."""
         self.close_window()
         self._skipped_before = self.skipped
-        options = self._step.options
+        options, averages = self._step.options, self._step.sums.averages
         for patch in reversed(self._all_patches):
             patch.remove()
         self._make_plain(force=True)
@@ -492,6 +507,10 @@ class Session:
             patch.install()
         if self._size is not None:
             self._cut_validation(self._size)
+        if self._is_by_update:
+            self._begin_window()
+        if averages is not None and self._step.sums.averages is not None:
+            self._step.sums.averages.take_over(averages)
 
     def _lend_plain_function(self, force: bool) -> Any:
         """Gives the plain train function to a callback for a single call."""

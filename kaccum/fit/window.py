@@ -15,7 +15,8 @@ class _State(NamedTuple):
 
     Args:
         position: How many micro-batches the open window has.
-        steps: How many it will have, or the next one, if none is open.
+        steps: How many it will have, or the next one, if none is open: 0 as
+            long as that was not asked.
         updates: How many windows were closed before it.
     """
 
@@ -33,13 +34,16 @@ class Window:
 
     def __init__(self, steps: int) -> None:
         self._length_of: Callable[[int], int] = lambda updates: steps
-        self._state = _State(0, steps, 0)
+        self._state = _State(0, 0, 0)
         # Where it is after each of the next micro-batches.
         self._ahead: list[_State] = []
 
     @property
     def steps(self) -> int:
         """The length of the open window, or of the next one."""
+        if self._state.steps == 0:
+            steps = self._length_of(self._state.updates)
+            self._state = self._state._replace(steps=steps)
         return self._state.steps
 
     @property
@@ -56,18 +60,19 @@ class Window:
             updates: How many there were.
         """
         self._length_of = length_of
-        self._state = _State(0, length_of(updates), updates)
+        self._state = _State(0, 0, updates)
 
     def closes(self, count: int) -> list[bool]:
         """Tells which of the next `count` micro-batches close a window."""
         closes, self._ahead = [], []
         position, steps, updates = self._state
         for _ in range(count):
+            # Not before it opens: what was measured till then may decide.
+            steps = steps or self._length_of(updates)
             position += 1
             closes.append(position == steps)
             if closes[-1]:
-                position, updates = 0, updates + 1
-                steps = self._length_of(updates)
+                position, steps, updates = 0, 0, updates + 1
             self._ahead.append(_State(position, steps, updates))
         return closes
 

@@ -464,13 +464,13 @@ class GradientSums:
             ]
             once = self._gradients_of_terms(variables, dense)
             gradients = _without(dense, once)
-        share = weight
-        if weight is None:
-            share = ops.divide_no_nan(1.0, examples)
-        counts = examples if weight is None else weight
+        examples = ops.cast(examples, "float32")
+        counts = examples if weight is None else ops.cast(weight, "float32")
         is_counted = ops.cast(ops.greater(counts, OF_NOTHING), "float32")
         square = self._square_of(gradients, variables, scale)
-        return [square * share, examples, is_counted]
+        if weight is None:
+            return [ops.divide_no_nan(square, examples), examples, is_counted]
+        return [square * counts, examples, is_counted]
 
     def _measured(
         self,
@@ -515,7 +515,11 @@ class GradientSums:
 
 def _without(gradients: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
     return [
-        gradient if part is None else gradient - part
+        (
+            gradient
+            if part is None
+            else ops.cast(gradient, "float32") - ops.cast(part, "float32")
+        )
         for gradient, part in zip(gradients, parts)
     ]
 

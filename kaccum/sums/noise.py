@@ -101,7 +101,7 @@ def measured_of_sums(
         examples: As of `measured_of_means`.
         count: As of `measured_of_means`.
     """
-    each = ops.divide_no_nan(1.0, ops.square(examples))
+    each = ops.divide_no_nan(ops.ones((), "float32"), ops.square(examples))
     of_data = measured_of_means(
         square_of_data * each, squares, examples, examples, count
     )
@@ -112,9 +112,9 @@ def measured_of_sums(
 class GradientAverages:
     """What updates measured: norms of an epoch, signal and noise of a fit.
 
-    Holds the sum of norms and how many they are; and the averages of signal and
-    noise, with what weights they have: two sums of shapes `(2,)` and `(3,)`,
-    float32.
+    Holds the sum of norms, how many they are, and how many updates of the epoch
+    told of noise; and the averages of signal and noise, with what weights they
+    have: two sums of shape `(3,)`, float32.
 
     Args:
         leaves_overflow_out: Whether an update whose gradient is not finite is
@@ -131,7 +131,7 @@ class GradientAverages:
         )
         #: The sums. An update leaves them.
         self.sums = self._backend.new_sums(
-            [SumSpec((2,), "float32"), SumSpec((3,), "float32")]
+            [SumSpec((3,), "float32"), SumSpec((3,), "float32")]
         )
 
     def add(self, parts: list[Measured]) -> None:
@@ -141,8 +141,12 @@ class GradientAverages:
             parts: What each `apply` of a step measured. The gradient of the
                 update is all of them together.
         """
+        if not parts:
+            # Of a model without trainable weights.
+            return
+        one = ops.ones((), "float32")
         square = sum(part.square for part in parts)
-        counts = ops.ones(())
+        counts = one
         if self._leaves_overflow_out:
             counts = ops.cast(ops.isfinite(square), "float32")
             square = ops.where(counts > 0, square, 0.0)
@@ -154,8 +158,8 @@ class GradientAverages:
             for values in zip(*((part.signal, part.noise) for part in parts))
         )
         norms, averages = self._backend.values_of(self.sums)
-        norms = norms + ops.stack([ops.sqrt(square), ops.ones(())]) * counts
-        new = ops.stack([signal, noise, ops.ones(())])
+        norms = norms + ops.stack([ops.sqrt(square), one, is_known]) * counts
+        new = ops.stack([signal, noise, one])
         averages = averages + (1.0 - DECAY) * is_known * (new - averages)
         self._backend.assign(self.sums, [norms, averages])
 
@@ -167,12 +171,17 @@ class GradientAverages:
         """Forgets all."""
         self._backend.empty(self.sums)
 
+    def take_over(self, others: GradientAverages) -> None:
+        """Goes on with what others know."""
+        values = self._backend.values_of(others.sums)
+        self._backend.assign(self.sums, values)
+
     def shown(self) -> dict[str, Any]:
-        """The entries of the log, scalars: NaN where there is no number."""
+        """The entries of the epoch's log, scalars: NaN for no number."""
         # Ratios: they are right where all replicas are asked, too.
         norms, averages = self._backend.values_of(self.sums)
-        signal, noise, weight = averages[0], averages[1], averages[2]
-        has_scale = ops.logical_and(signal > 0.0, weight > 0.0)
+        signal, noise = averages[0], averages[1]
+        has_scale = ops.logical_and(signal > 0.0, norms[2] > 0.0)
         return {
             GRADIENT_NORM: _ratio(norms[0], norms[1], norms[1] > 0.0),
             NOISE_SCALE: _ratio(noise, signal, has_scale),

@@ -85,7 +85,7 @@ class TorchBackend(Processes):
         self, gradients: Sequence[Any], *, is_xla: bool
     ) -> torch.Tensor:
         if not gradients:
-            return keras.ops.zeros(())
+            return keras.ops.zeros((), "float32")
         gradients = [gradient.float() for gradient in gradients]
         device = gradients[0].device
         if device.type == "cpu":
