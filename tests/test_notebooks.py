@@ -57,6 +57,6 @@ def test_a_notebook_that_changed_is_not_as_stored(monkeypatch, tmp_path):
 def test_there_are_notebooks():
     """And the README names each."""
     names = [path.stem for path in notebooks.NOTEBOOKS]
-    assert len(names) == 5
+    assert len(names) == 6
     readme = (ROOT / "README.rst").read_text()
     assert [name for name in names if f"``{name}``" not in readme] == []
