@@ -1,5 +1,6 @@
 """Laws 1 and 2 on several devices: `keras.distribution`, on JAX."""
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from kaccum import GradientAccumulationCallback
 from kaccum.fit.session import Session
 from tests.backends import only_on
 from tests.pages import examples_of
@@ -109,6 +111,25 @@ def test_weights_in_parts_train_as_whole_ones(kind, cut, execution):
     assert len(in_parts) == (2 if kind == "mask" else 1)
 
 
+@pytest.mark.parametrize("is_in_parts", [False, True])
+def test_devices_measure_the_gradients_of_one(is_in_parts):
+    """`log_gradients`: a micro-batch of all devices is one."""
+    problem = Problem(examples=32, optimizer="SGD", execution="xla")
+    keras.backend.clear_session()
+    logs = []
+    for parallel in (
+        model_parallel() if is_in_parts else data_parallel(2),
+        None,
+    ):
+        callback = GradientAccumulationCallback(3, log_gradients=True)
+        with parallel.scope() if parallel else contextlib.nullcontext():
+            model = build_model(problem)
+            logs.append(fit_micro(problem, model, [callback]).history)
+    assert np.isfinite(logs[1]["noise_scale"]).all()
+    for name, values in logs[1].items():
+        np.testing.assert_allclose(logs[0][name], values, rtol=1e-3)
+
+
 PROGRAM = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "jax"
@@ -118,9 +139,7 @@ index, folder = int(sys.argv[1]), sys.argv[2]
 from tests import test_distribution as tests
 tests.train(tests.PROBLEM, index, folder)
 """
-PROBLEM = Problem(
-    examples=20, micro_batch=4, optimizer="SGD", execution="xla"
-)
+PROBLEM = Problem(examples=20, micro_batch=4, optimizer="SGD", execution="xla")
 
 
 def train(problem, process, folder):
