@@ -8,9 +8,9 @@ that of two ways that are alike.
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -58,13 +58,6 @@ def measure(name: str, is_xla: bool, rounds: int) -> Row:
     )
 
 
-def rows(names: Sequence[str], rounds: int, count: int | None) -> Iterator[Row]:
-    """Those of some networks, for the first kinds of compilation."""
-    for name in names:
-        for is_xla in KINDS[BACKEND][:count]:
-            yield measure(name, is_xla, rounds)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
@@ -78,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(report.machine())
     print(f"{'network':22} {'':4} {'ms':>7} {'with it':>8} {'alike':>6}")
+    kinds = KINDS[BACKEND][: 1 if options.quick else None]
     found = []
-    count = 1 if options.quick else None
-    for row in rows(options.networks, options.rounds, count):
+    for name, is_xla in itertools.product(options.networks, kinds):
+        row = measure(name, is_xla, options.rounds)
         found.append(row)
         print(
             f"{row.network:22} {'XLA' if row.xla else '':4} "
@@ -88,8 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *found])
+        report.write(found, options.csv)
     return 0
 
 

@@ -7,7 +7,6 @@ them as CSV, and draws them.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import sys
 from collections.abc import Sequence
@@ -110,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *rows])
+        report.write(rows, options.csv)
     if options.plot:
         plot(rows, options.plot)
     return 0

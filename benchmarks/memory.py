@@ -8,7 +8,6 @@ oneDNN is off: its allocator keeps what was freed, which hides what is.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
@@ -200,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *rows])
+        report.write(rows, options.csv)
     if options.plot:
         plot(rows, options.plot)
     return 1 if options.check and not all_met else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +33,12 @@ def machine() -> str:
         f"{platform.machine()}; Python {platform.python_version()}, {name} "
         f"{version}, Keras {keras.__version__}"
     )
+
+
+def write(rows: Sequence[Any], path: str) -> None:
+    """Writes rows, named tuples of one kind, as CSV."""
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([rows[0]._fields, *rows])
 
 
 def panels(rows: int, columns: int) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@ CSV, and draws them. With `--check` exits with 1 where a target is missed.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -197,8 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(line(row), flush=True)
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *rows])
+        report.write(rows, options.csv)
     if options.plot:
         plot(rows, options.plot)
     all_missed = [text for row in rows for text in missed(row)]

@@ -8,7 +8,6 @@ process held before `fit`, relative to `micro_batch_size` without it.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -135,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *rows])
+        report.write(rows, options.csv)
     return 0
 
 

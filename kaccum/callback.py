@@ -13,6 +13,7 @@ from kaccum.backends import backend
 from kaccum.checks import (
     Weight,
     check_calls,
+    check_flag,
     check_model,
     check_step_for_whole_batches,
     check_weight,
@@ -181,18 +182,10 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
             self._schedule = Schedule(steps, by)
         if micro_batch_size is not None:
             self._size = MicroBatchSize(micro_batch_size)
-        if not isinstance(skip_nonfinite, bool):
-            raise TypeError(
-                "`skip_nonfinite` must be True or False. "
-                f"{received('skip_nonfinite', skip_nonfinite)}"
-            )
+        check_flag("skip_nonfinite", skip_nonfinite)
         check_weight(weight)
         check_whole_batch_loss(whole_batch_loss, weight, skip_nonfinite)
-        if not isinstance(log_gradients, bool):
-            raise TypeError(
-                "`log_gradients` must be True or False. "
-                f"{received('log_gradients', log_gradients)}"
-            )
+        check_flag("log_gradients", log_gradients)
         if on_update is not None and not callable(on_update):
             raise TypeError(
                 "`on_update` must be a function of the number of updates. "

@@ -41,6 +41,18 @@ def checked_integer(
     return int(value)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Checks that an argument is a bool.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be True or False. {received(name, value)}"
+        )
+
+
 def check_model(model: keras.Model) -> None:
     """Checks that the gradients of a model can be accumulated.
 
@@ -201,11 +213,7 @@ def check_whole_batch_loss(
         TypeError: If it is no bool.
         ValueError: If it is given with another argument that it excludes.
     """
-    if not isinstance(whole_batch_loss, bool):
-        raise TypeError(
-            "`whole_batch_loss` must be True or False. "
-            f"{received('whole_batch_loss', whole_batch_loss)}"
-        )
+    check_flag("whole_batch_loss", whole_batch_loss)
     if whole_batch_loss and weight is not None:
         raise ValueError(
             "`weight` must not be given with `whole_batch_loss=True`, where "

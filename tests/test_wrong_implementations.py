@@ -84,7 +84,7 @@ def leaves_the_sums_uncleared(monkeypatch):
 def updates_every_micro_batch(monkeypatch):
     """No accumulation at all."""
     monkeypatch.setattr(Window, "closes", lambda self, count: [True] * count)
-    monkeypatch.setattr(Window, "advance", lambda self, count: None)
+    monkeypatch.setattr(Window, "advance", lambda self, *counts: None)
     monkeypatch.setattr(Window, "is_open", False)
 
 

@@ -277,6 +277,8 @@ class AssigningRunner(Runner):
         # What variables held that an attempt, or a pass, may assign.
         self._before: dict[int, Any] | None = None
         self._states: list[dict[int, Any]] = []
+        self._lasting: list[Any] = []
+        self._told: list[Any] = []
         self._has_looked = False
 
     def called(self, run: Callable[[Any], Any], *arguments: Any) -> Any:
@@ -289,9 +291,12 @@ class AssigningRunner(Runner):
             key: self.copied(variable)
             for key, variable in self._step.assigned.items()
         }
+        self._lasting = list(self._step.sums.lasting)
+        self._told = self._backend.values_of(self._lasting)
 
     def restore(self) -> None:
         super().restore()
+        self._backend.assign(self._lasting, self._told)
         for key, before in (self._before or {}).items():
             self.put_back(self._step.assigned[key], before)
 

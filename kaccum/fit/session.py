@@ -49,7 +49,6 @@ class Session:
         self._logs: Any = {}
         # What the last steps of it returned.
         self._last_logs: Any = None
-        self._length_of: Callable[[int], int]
         self._begin(Window(1), is_for_fit=True)
         # As of its class, where that may be replaced while a step runs.
         self._get_plain_metrics = vars(model).get(
@@ -141,7 +140,6 @@ class Session:
         """
         self._begin(window, is_for_fit, size, on_update)
         self._use_runner(options)
-        self._step.expect(window.steps)
         if self._step.sums.averages is not None:
             self._step.sums.averages.begin_fit()
         for patch in self._patches:
@@ -168,8 +166,8 @@ class Session:
             How many micro-batches it has.
         """
         self._is_by_update = is_by_update
-        self._length_of = length_of
-        self._begin_window()
+        self._window.begin(length_of)
+        self._count_updates()
         if self._step.sums.averages is not None:
             self._step.sums.averages.begin_epoch()
         self._logs, self._last_logs = {}, None
@@ -177,10 +175,10 @@ class Session:
         self._step.count_skipped_from(0)
         return self._window.steps
 
-    def _begin_window(self) -> None:
-        updates = self._runner.iterations() if self._is_by_update else 0
-        self._updates_before = updates - self._updates
-        self._window.begin(self._length_of, updates)
+    def _count_updates(self) -> None:
+        """Has the window know of the optimizer's."""
+        if self._is_by_update:
+            self._window.count_from(self._runner.iterations())
 
     def give_back(self) -> None:
         """Leaves the model as if it had never been taken over."""
@@ -221,9 +219,7 @@ class Session:
     ) -> None:
         self._window = window
         self._size = size
-        self._length_of = lambda updates: window.steps
         self._is_by_update = False
-        self._updates_before = 0
         self._is_for_fit = is_for_fit
         self._on_update = on_update
         self._updates: int = 0
@@ -319,28 +315,20 @@ class Session:
             pulled, iterator = self._runner.pulled(iterator, len(closes))
             self._measure(pulled)
         ran = self._runner.run(iterator, closes, is_plain=is_plain)
-        self._window.advance(ran.micro_batches)
+        self._window.advance(ran.micro_batches, ran.updates)
+        if self._step.is_scaling:
+            # It leaves some out by itself.
+            self._count_updates()
         if self._window.steps > 1:
             self._step.differences.tell_of_moved()
         self._report(ran.updates)
-        self._correct_window()
         return ran.logs
-
-    def _correct_window(self) -> None:
-        """Has the window know of updates that were not made."""
-        if not self._is_by_update or self._window.is_open:
-            return
-        if self._step.is_scaling:
-            # It leaves some out by itself.
-            self._window.correct(self._runner.iterations())
-        else:
-            self._window.correct(self._updates_before + self._updates)
 
     def _run_whole(
         self, iterator: Any, closes: list[bool], window: WholeWindow
     ) -> Any:
         """Hears the next micro-batches; the logs are of windows that closed."""
-        ran = 0
+        ran = updates = 0
         for is_last, batch in zip(closes, iterator):
             if not self._step.trials.are_over:
                 self._measure([batch])
@@ -348,12 +336,15 @@ class Session:
             ran += 1
             if is_last:
                 logs = window.close()
-                self._report(self._runner.update())
+                made = self._runner.update()
+                updates += made
+                self._report(made)
                 self._logs = {**logs, **self._shown}
         if ran == 0:
             raise StopIteration
-        self._window.advance(ran)
-        self._correct_window()
+        self._window.advance(ran, updates)
+        if self._step.is_scaling:
+            self._count_updates()
         self._step.differences.tell_of_moved()
         return self._logs
 
@@ -446,7 +437,6 @@ class Session:
                 self._window.reset()
                 self._step.empty()
                 self._step.sums.renew()
-                self._step.expect(self._window.steps)
             origin = out_of_memory(error, already)
             if origin is None or not self.advice:
                 raise
@@ -507,8 +497,7 @@ class Session:
             patch.install()
         if self._size is not None:
             self._cut_validation(self._size)
-        if self._is_by_update:
-            self._begin_window()
+        self._count_updates()
         if averages is not None and self._step.sums.averages is not None:
             self._step.sums.averages.take_over(averages)
 

@@ -17,7 +17,7 @@ class _State(NamedTuple):
         position: How many micro-batches the open window has.
         steps: How many it will have, or the next one, if none is open: 0 as
             long as that was not asked.
-        updates: How many windows were closed before it.
+        updates: How many updates were made before it.
     """
 
     position: int
@@ -76,19 +76,25 @@ class Window:
             self._ahead.append(_State(position, steps, updates))
         return closes
 
-    def advance(self, count: int) -> None:
-        """Moves on by `count` of the micro-batches that `closes` told of."""
+    def advance(self, count: int, updates: int) -> None:
+        """Moves on by `count` of the micro-batches that `closes` told of.
+
+        Args:
+            count: How many.
+            updates: How many updates they made: a window may make none.
+        """
         if count:
-            self._state = self._ahead[count - 1]
+            made = self._state.updates + updates
+            self._state = self._ahead[count - 1]._replace(updates=made)
 
     def reset(self) -> None:
         """Starts an empty window, of the length that this one had."""
         self._state = self._state._replace(position=0)
 
-    def correct(self, updates: int) -> None:
-        """Says how many updates there were: a window may make none."""
-        if not self.is_open and updates != self._state.updates:
-            self.begin(self._length_of, updates)
+    def count_from(self, updates: int) -> None:
+        """Says how many updates the optimizer made, if no window is open."""
+        if not self.is_open:
+            self._state = _State(0, 0, updates)
 
 
 class Schedule:

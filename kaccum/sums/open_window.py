@@ -107,14 +107,20 @@ class Sums:
         return 0.0 if self._proportions is None else self._proportions.largest
 
     @property
+    def lasting(self) -> list[Any]:
+        """What earlier windows told, and this one's end leaves."""
+        return [
+            *(self._proportions.kept if self._proportions else []),
+            *(self.averages.sums if self.averages else []),
+        ]
+
+    @property
     def all(self) -> list[Any]:
         """Every sum there is."""
-        kept = self._proportions.kept if self._proportions else []
         return [
             *self._skipped,
             *self._parts,
-            *kept,
-            *(self.averages.sums if self.averages else []),
+            *self.lasting,
             *(total for member in self._members for total in member.sums),
             *(self._proportions.sums if self._proportions else []),
         ]

@@ -52,7 +52,7 @@ class JaxRunner(Runner):
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
-        self._averages: list[Any] = []
+        self._lasting: list[Any] = []
         # What is donated changes in its own memory. An error in *add* leaves
         # what it was called with, but for the sums.
         self._add = self._compiled(self._traced_add, donated=[1])
@@ -96,10 +96,10 @@ class JaxRunner(Runner):
     def remember(self) -> None:
         super().remember()
         self._before = self._state
-        averages = self._step.sums.averages
-        if averages is not None:
-            # What they hold is donated.
-            self._averages = [jnp.copy(t.value) for t in averages.sums]
+        # What they hold is donated.
+        self._lasting = [
+            (total, jnp.copy(total.value)) for total in self._step.sums.lasting
+        ]
 
     def look(self, function: Callable[[Any], Any], data: Any) -> Any:
         variables = self._variables
@@ -117,10 +117,8 @@ class JaxRunner(Runner):
     def restore(self) -> None:
         super().restore()
         self._state = self._before
-        averages = self._step.sums.averages
-        if averages is not None:
-            for total, value in zip(averages.sums, self._averages):
-                total.value = jnp.copy(value)
+        for total, value in self._lasting:
+            total.value = jnp.copy(value)
 
     def forget(self) -> None:
         self._before = None
