@@ -501,6 +501,27 @@ def test_they_can_be_read_at_any_time():
     assert np.isnan(found[-1]).all() and np.isnan(callback.gradients).all()
 
 
+@only_on("tensorflow", "torch", reason="Keras loses its train function there")
+def test_a_model_compiled_anew_keeps_what_was_measured():
+    """In the middle of an epoch: its norm is that of all its updates."""
+
+    def compile_anew(batch, logs):
+        if batch == 5:
+            model.compile(keras.optimizers.SGD(0.0), "mse")
+            model.make_train_function()
+
+    anew = keras.callbacks.LambdaCallback(on_train_batch_end=compile_anew)
+    logs = []
+    for callbacks in ([], [anew]):
+        model = keras.models.clone_model(build())
+        model.set_weights(build().get_weights())
+        model.compile(keras.optimizers.SGD(0.0), "mse", **compile_options())
+        log, _ = fit(model, epochs=1, x=X[:48], steps=2, callbacks=callbacks)
+        logs.append(log)
+    for name in NAMES:
+        np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-5)
+
+
 def test_off_nothing_is_measured():
     """No entry, no sum, no number."""
     callback = GradientAccumulationCallback(4)
