@@ -154,6 +154,25 @@ def test_the_squared_norm_is_that_of_all_elements(kind, is_xla):
     assert float(backend().squared_norm([], is_xla=is_xla)) == 0.0
 
 
+def test_half_precision_beside_terms_that_count_once():
+    """Of a sum: the gradient is rounded, and what is taken from it is not."""
+    variable = keras.Variable(np.ones(3), dtype="bfloat16")
+    optimizer = keras.optimizers.SGD(0.0)
+    optimizer.build([variable])
+    square_of = functools.partial(backend().squared_norm, is_xla=False)
+    sums = GradientSums(optimizer, optimizer.apply, square_of=square_of)
+    gradient = ops.convert_to_tensor([3.0, 4.0, 2.0], "bfloat16")
+    for _ in range(2):
+        # The gradient of the term is 2 everywhere, in each of them.
+        once = [lambda: ops.sum(ops.square(variable))]
+        sums.add([gradient], [variable], None, once=once, examples=1.0)
+    found = sums.close(backend().sum_over_replicas(sums.parts()))
+    # Of data 1, 2, 0 each: there is no noise; the term counts once.
+    square, signal, noise, _ = (float(value) for value in found)
+    np.testing.assert_allclose(square, 4.0**2 + 6.0**2 + 2.0**2)
+    np.testing.assert_allclose([signal, noise], [square / 4.0, 0.0], atol=1e-6)
+
+
 # In `fit`, at weights that do not move.
 
 
