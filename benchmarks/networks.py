@@ -10,6 +10,7 @@ import numpy as np
 from keras import layers
 
 CLASSES = 10
+VOCABULARY = 30_000
 
 
 class Network(NamedTuple):
@@ -22,7 +23,7 @@ class Network(NamedTuple):
         micro_batch: How many examples a micro-batch has.
         micro_batches: How many of them a measurement takes.
         steps_per_execution: As in `compile`.
-        windows: How many micro-batches make an update, one after the other.
+        is_large: Whether it takes minutes to compile it in all ways.
         outputs: The shape of an example's classes.
     """
 
@@ -31,7 +32,7 @@ class Network(NamedTuple):
     micro_batch: int = 8
     micro_batches: int = 64
     steps_per_execution: int = 1
-    windows: tuple[int, ...] = (8, 2, 32)
+    is_large: bool = False
     outputs: tuple[int, ...] = ()
 
     def examples(self) -> tuple[np.ndarray, np.ndarray]:
@@ -88,13 +89,45 @@ def many_variables(count: int = 200) -> keras.Model:
 def transformer() -> keras.Model:
     """A Transformer block behind an embedding whose gradient is sparse."""
     tokens = keras.Input((32,), dtype="int32")
-    x = layers.Embedding(30_000, 64)(tokens)
+    x = layers.Embedding(VOCABULARY, 64)(tokens)
     attended = layers.MultiHeadAttention(4, 16)(x, x)
     x = layers.LayerNormalization()(x + attended)
     x = layers.LayerNormalization()(
         x + layers.Dense(64)(layers.Dense(256, activation="relu")(x))
     )
     x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(tokens, layers.Dense(CLASSES)(x))
+
+
+def resnet() -> keras.Model:
+    """ResNet50, of images of 64 by 64."""
+    return keras.applications.ResNet50(
+        weights=None,
+        input_shape=(64, 64, 3),
+        classes=CLASSES,
+        classifier_activation=None,
+    )
+
+
+def encoder(blocks: int = 4, width: int = 512) -> keras.Model:
+    """A Transformer encoder, as large as a small BERT: 28.5 M weights.
+
+    Args:
+        blocks: How many there are.
+        width: The features of a token, a multiple of 64.
+    """
+    tokens = keras.Input((128,), dtype="int32")
+    places = keras.ops.arange(128)[None]
+    x = layers.Embedding(VOCABULARY, width)(tokens)
+    x = layers.LayerNormalization()(x + layers.Embedding(128, width)(places))
+    for _ in range(blocks):
+        attention = layers.MultiHeadAttention(width // 64, 64, dropout=0.1)
+        attended = layers.Dropout(0.1)(attention(x, x))
+        x = layers.LayerNormalization()(x + attended)
+        inner = layers.Dense(4 * width, activation="gelu")(x)
+        inner = layers.Dropout(0.1)(layers.Dense(width)(inner))
+        x = layers.LayerNormalization()(x + inner)
+    x = layers.Dense(width, activation="tanh")(x[:, 0])
     return keras.Model(tokens, layers.Dense(CLASSES)(x))
 
 
@@ -129,8 +162,14 @@ def normal(*shape: int) -> Callable[[int], np.ndarray]:
     return inputs
 
 
-def _tokens(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 30_000, (count, 32), "int32")
+def sequences(length: int) -> Callable[[int], np.ndarray]:
+    """A function that draws so many sequences of tokens."""
+
+    def inputs(count: int) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        return rng.integers(0, VOCABULARY, (count, length), "int32")
+
+    return inputs
 
 
 NETWORKS = {
@@ -141,12 +180,13 @@ NETWORKS = {
         normal(32, 32, 3),
         16,
         32,
-        windows=(8,),
     ),
-    # XLA compiles it for half a minute, for each window of some ways.
-    "200 variables": Network(many_variables, normal(16), windows=(8,)),
-    "transformer": Network(transformer, _tokens, 8, 32),
+    "200 variables": Network(many_variables, normal(16)),
+    "transformer": Network(transformer, sequences(32), 8, 32),
     "tiny, 32 an execution": Network(
-        lambda: many_variables(2), normal(16), 8, 512, 32, (8,)
+        lambda: many_variables(2), normal(16), 8, 512, 32
     ),
+    # What people train.
+    "ResNet50": Network(resnet, normal(64, 64, 3), 4, 16, is_large=True),
+    "encoder": Network(encoder, sequences(128), 2, 16, is_large=True),
 }

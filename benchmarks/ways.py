@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -19,6 +20,7 @@ STEPS = "steps"
 CUT = "micro_batch_size"
 LARGE = "large batch"
 BARE = "bare loop"
+AGAIN = "plain fit again"
 WHOLE_STEPS = "whole, steps"
 WHOLE_CUT = "whole, cut"
 LOGGED = "steps, log_gradients"
@@ -158,6 +160,19 @@ class Way:
         return stopwatch.seconds
 
 
+class Again:
+    """The plain fit once more: how far from 1 is the ratio of two alike?
+
+    Args:
+        way: The plain fit.
+    """
+
+    name = AGAIN
+
+    def __init__(self, way: Way) -> None:
+        self.run = way.run
+
+
 class _Batches(keras.utils.PyDataset):
     """Batches that lie in memory."""
 
@@ -189,7 +204,7 @@ def _batches(
     return _Batches([(x[i : i + size], y[i : i + size]) for i in starts])
 
 
-def in_turn(ways: list[Way], rounds: int) -> dict[str, list[float]]:
+def in_turn(ways: Sequence[Way | Again], rounds: int) -> dict[str, list[float]]:
     """Seconds of every way by name, round after round: A B C A B C ..."""
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for _ in range(rounds):
