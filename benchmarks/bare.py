@@ -167,23 +167,21 @@ class _Torch(Loop):
 
         self._torch = torch
         self._weights = [v.value for v in self.model.trainable_variables]
-        self._sums = [torch.zeros_like(v) for v in self._weights]
 
     def add(self, batches: Any) -> Any:
         x, y = next(batches)
         loss = self.loss(y, self.model(x, training=True))
-        self.model.zero_grad()
+        # It adds to the weights' `.grad`.
         loss.backward()
-        gradients = [v.grad for v in self._weights]
-        self._torch._foreach_add_(self._sums, gradients)
         return loss
 
     def update(self, batches: Any, window: int) -> Any:
         loss = self.add(batches)
         with self._torch.no_grad():
-            means = self._torch._foreach_mul(self._sums, 1.0 / window)
+            means = [v.grad for v in self._weights]
+            self._torch._foreach_mul_(means, 1.0 / window)
             self.optimizer.apply(means, self.model.trainable_variables)
-            self._torch._foreach_zero_(self._sums)
+        self.model.zero_grad()
         return loss
 
 

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import gradients, growth, memory, speed, whole_batch
 from benchmarks.networks import Network, many_variables, normal
 from benchmarks.ways import (
+    AGAIN,
     BARE,
     CUT,
     LARGE,
@@ -47,9 +48,12 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
     """A row for each way: none is traced again in a second fit."""
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
     files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
-    options = ["--rounds", "1", "--networks", "tiny", "--check"]
+    options = ["--rounds", "1", "--networks", "tiny", "--targets"]
     options += ["--csv", files[0], "--plot", files[1]]
-    options += [] if is_nightly() else ["--quick"]
+    if is_nightly():
+        options += ["--windows", "8", "2", "32"]
+    else:
+        options.append("--quick")
     assert speed.main(options) == 0
     with open(files[0]) as file:
         rows = list(csv.DictReader(file))
@@ -58,27 +62,66 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
         (xla, window, way)
         for xla in map(str, speed.KINDS[BACKEND][: None if is_nightly() else 1])
         for window in (("2", "8", "32") if is_nightly() else ("8",))
-        for way in WAYS
+        for way in (*WAYS, AGAIN)
     )
     for row in rows:
         assert float(row["milliseconds"]) > 0
-        assert int(row["traces"]) >= 1
+        assert int(row["traces"]) >= (row["way"] != AGAIN)
         # Where nothing is compiled, each step is a trace.
         if BACKEND != "torch" and row["way"] in (PLAIN, STEPS, BARE):
             assert int(row["later_traces"]) == 0
         if row["way"] == PLAIN:
             assert float(row["to_plain"]) == 1.0
-    assert "targets missed:\nnone" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "targets missed:\nnone" in printed
+    assert "noise: the same fit twice differs by up to" in printed
+
+
+def measured(to_plain, again):
+    """Rows of one case: kaccum's, and the plain fit's second."""
+    ratios = {PLAIN: 1.0, STEPS: to_plain, AGAIN: again}
+    return [
+        speed.Row("tiny", False, 8, way, 1.0, ratio, 1.0, 1.0, 1.0, 1, 0)
+        for way, ratio in ratios.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "before, now, status",
+    [
+        (measured(1.0, 1.0), measured(1.1, 1.0), 1),
+        # What may be noise, of either run, is none.
+        (measured(1.0, 1.0), measured(1.1, 1.11), 0),
+        (measured(1.0, 0.89), measured(1.1, 1.0), 0),
+        (measured(1.0, 1.02), measured(1.1, 0.98), 1),
+        (measured(1.0, 1.0), measured(0.9, 1.0), 0),
+    ],
+)
+def test_speed_tells_of_what_became_slower(
+    before, now, status, monkeypatch, tmp_path, capsys
+):
+    """`--check` compares with what was stored."""
+    monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
+    monkeypatch.setattr(speed, "measure", lambda *case: iter(before))
+    path = str(tmp_path / "rows.csv")
+    assert speed.main(["--quick", "--csv", path]) == 0
+    assert speed.read(path) == before
+    assert speed.main(["--quick", "--check", path]) == 0
+    monkeypatch.setattr(speed, "measure", lambda *case: iter(now))
+    capsys.readouterr()
+    assert speed.main(["--quick", "--check", path]) == status
+    said = "tiny, no XLA, window of 8, steps: 1.10 of a plain fit, 1.00 before"
+    assert (said in capsys.readouterr().out) == (status == 1)
 
 
 def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
-    """`--check` fails."""
+    """`--targets` fails."""
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
     key = ("tiny", speed.KINDS[BACKEND][0])
     targets = {BACKEND: {key: (None, None, 0.0)}}
     monkeypatch.setattr(speed, "TARGETS", targets)
     options = ["--quick", "--rounds", "1", "--networks", "tiny"]
-    assert speed.main([*options, "--check"]) == 1
+    assert speed.main([*options, "--targets"]) == 1
     assert "of bare loop, target 0.00" in capsys.readouterr().out
     assert speed.main(options) == 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -42,6 +43,38 @@ def part_of(batch: Any, start: int, end: int) -> Any:
     return keras.tree.map_structure(
         lambda array: None if array is None else array[start:end], batch
     )
+
+
+class Equal(NamedTuple):
+    """Parts of a batch that follow each other and are of one size.
+
+    Args:
+        start: The first example, of each replica.
+        size: How many examples each part has, of each replica.
+        count: How many parts there are.
+        replicas: How many replicas there are.
+    """
+
+    start: int
+    size: int
+    count: int
+    replicas: int
+
+
+def equal_parts(sizes: list[list[int]]) -> list[Equal]:
+    """The parts of a batch, those of one size together.
+
+    Args:
+        sizes: As of `Backend.cut`, each the same for all replicas.
+    """
+    found, start = [], 0
+    for (size, replicas), alike in itertools.groupby(
+        (each[0], len(each)) for each in sizes
+    ):
+        count = len(list(alike))
+        found.append(Equal(start, size, count, replicas))
+        start += count * size
+    return found
 
 
 def joined(batches: Sequence[Any]) -> Any:

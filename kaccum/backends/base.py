@@ -71,7 +71,23 @@ class Backend(abc.ABC):
     def add_weighted(
         self, sums: Sequence[Any], gradients: Sequence[Any], weight: Any
     ) -> None:
-        """`total += weight * gradient`, each in one pass over memory."""
+        """`total += weight * gradient`, each in one pass over memory.
+
+        Args:
+            sums: The sums.
+            gradients: Tensors, also sparse ones.
+            weight: Scalar, or a float 1.0, by which nothing is multiplied.
+        """
+
+    def lend(self, sums: Sequence[Any]) -> None:
+        """Has the next gradients of Keras's own step be added as they arise.
+
+        Args:
+            sums: Those that `add_weighted` gets next, by 1.0. Where a framework
+                adds to them by itself, it is what they hold then that
+                `add_weighted` gets as the gradients.
+        """
+        return None
 
     @abc.abstractmethod
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:

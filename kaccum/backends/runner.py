@@ -95,14 +95,18 @@ class Runner(abc.ABC):
     Args:
         model: A compiled `keras.Model` whose `train_function` is made.
         step: What its training step becomes.
+        backend: What cuts batches.
     """
 
     #: How the end of the data reaches a train function.
     end_of_data: Any = StopIteration
 
-    def __init__(self, model: keras.Model, step: Step) -> None:
+    def __init__(
+        self, model: keras.Model, step: Step, backend: Backend
+    ) -> None:
         self.model = model
         self._step = step
+        self._backend = backend
         self._plain = model.train_function
         self._skipped_before = 0
 
@@ -118,6 +122,19 @@ class Runner(abc.ABC):
         Raises:
             StopIteration, tf.errors.OutOfRangeError: If there was no data.
         """
+
+    def run_parts(self, batch: Any, sizes: list[list[int]]) -> Any:
+        """Runs one training step for each part of a batch; none updates.
+
+        Args:
+            batch: A batch of `fit`.
+            sizes: As of `Backend.cut`.
+
+        Returns:
+            The last step's logs.
+        """
+        parts = self._backend.cut(batch, sizes, self.model)
+        return self.run(parts, [False] * len(sizes), is_plain=False).logs
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
         """The next batches, which `run` is to get all the same.
@@ -268,8 +285,7 @@ class AssigningRunner(Runner):
     def __init__(
         self, model: keras.Model, step: Step, backend: Backend
     ) -> None:
-        super().__init__(model, step)
-        self._backend = backend
+        super().__init__(model, step, backend)
         step_of_model = model.train_step
         # A `tf.function` is traced by itself, and cannot be overheard.
         step_of_model = getattr(step_of_model, "python_function", step_of_model)

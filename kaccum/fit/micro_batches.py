@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Union
 
 from kaccum.backends import Runner, Tester, backend
@@ -116,17 +116,17 @@ def in_parts(
     batch: Any,
     size: MicroBatchSize,
     runner: Union[Runner, Tester],
-    run: Callable[[Iterator[Any], int], Any],
+    run: Callable[[list[list[int]]], Any],
 ) -> Any:
-    """Runs a batch of `fit`, cut into micro-batches.
+    """Runs a batch of `fit` in micro-batches.
 
     Args:
         batch: What Keras gives a `train_step`, or a `test_step`.
         size: Says how to cut. When memory runs out and it may halve, all that
             the attempt changed is taken back and *the same batch* cut again.
         runner: What the attempts run on.
-        run: Function of the micro-batches, an iterator, and how many they are,
-            that runs steps on them. It must make no update.
+        run: Function of their sizes, as of `Backend.cut`, that runs steps on
+            them. It must make no update.
 
     Returns:
         What `run` returns.
@@ -138,28 +138,25 @@ def in_parts(
     """
     examples = backend().examples_in(batch)
     if not size.is_auto:
-        parts = size.parts_of(examples)
-        return run(backend().cut(batch, parts, runner.model), len(parts))
+        return run(size.parts_of(examples))
     runner.remember()
     try:
-        return _in_parts_that_fit(batch, examples, size, runner, run)
+        return _in_parts_that_fit(examples, size, runner, run)
     finally:
         runner.forget()
 
 
 def _in_parts_that_fit(
-    batch: Any,
     examples: list[int],
     size: MicroBatchSize,
     runner: Union[Runner, Tester],
-    run: Callable[[Iterator[Any], int], Any],
+    run: Callable[[list[list[int]]], Any],
 ) -> Any:
     already = sys.exc_info()[1]
     while True:
         parts = size.parts_of(examples)
         try:
-            micro_batches = backend().cut(batch, parts, runner.model)
-            result = run(micro_batches, len(parts))
+            result = run(parts)
             runner.wait()
         except Exception as error:
             origin = out_of_memory(error, already)

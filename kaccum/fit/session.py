@@ -393,23 +393,20 @@ class Session:
             is_late=self._updates > 0,
         )
 
-    def _add_parts(
-        self, batch: Any, micro_batches: Iterator[Any], count: int
-    ) -> Any:
-        self._step.expect(count)
+    def _add_parts(self, batch: Any, sizes: list[list[int]]) -> Any:
+        self._step.expect(len(sizes))
         if self._whole is not None:
             self._whole.forget()
-            for micro_batch in micro_batches:
+            for micro_batch in backend().cut(batch, sizes, self._model):
                 self._whole.add(micro_batch)
-            if count > 1:
+            if len(sizes) > 1:
                 self._step.differences.tell_of_moved()
             return self._whole.close(batch)
         # Until the update, which comes afterwards, no weight changes.
-        closes = [False] * count
-        ran = self._runner.run(micro_batches, closes, is_plain=False)
-        if count > 1:
+        logs = self._runner.run_parts(batch, sizes)
+        if len(sizes) > 1:
             self._step.differences.tell_of_moved()
-        return ran.logs
+        return logs
 
     def _update(self) -> None:
         with self._recovering():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -112,14 +111,15 @@ class _Heard:
         self.is_cut = False
         self.parts: list[Any] = []
 
-    def run_in(self, micro_batches: Iterator[Any], count: int) -> Any:
-        """Runs as many of them; the logs where that is the batch itself."""
-        self.is_cut = count > 1
+    def run_in(self, sizes: list[list[int]]) -> Any:
+        """Runs micro-batches; the logs where that is the batch itself."""
+        self.is_cut = len(sizes) > 1
         if not self.is_cut:
             return self._tester.run(self._batch, [])
-        heard, sizes = [], []
-        for micro_batch in micro_batches:
-            sizes.append(backend().examples_in(micro_batch))
-            heard.append(self._tester.hear(micro_batch))
+        model = self._tester.model
+        heard = [
+            self._tester.hear(micro_batch)
+            for micro_batch in backend().cut(self._batch, sizes, model)
+        ]
         self.parts = self._test.joinable(heard, sizes)
         return None

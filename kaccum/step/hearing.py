@@ -145,8 +145,14 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
     """The loss of a step."""
     step, optimizer = recording.step, recording.step.optimizer
     recording.scale = original
-    so_far = slice(len(recording.reductions))
-    if step.is_scaling and recording.weight(so_far) is not None:
+    weight = recording.weight(slice(len(recording.reductions)))
+    if step.weighs_losses and not step.is_mixed:
+        step.lend_sums()
+        if weight is not None:
+            recording.weighs_loss = True
+            weight = ops.stop_gradient(ops.cast(weight, loss.dtype))
+            return original(loss * weight)
+    if step.is_scaling and weight is not None:
         # A part of a batch that is scaled as the whole would overflow earlier.
         step.scales = True
 

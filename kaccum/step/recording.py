@@ -94,6 +94,8 @@ class Recording:
         self.show: Callable[[], dict[str, Any]] = dict
         #: How the step scales its loss.
         self.scale: Callable[[Any], Any] = lambda loss: loss
+        #: Whether it multiplies its loss by the weight, and so its gradients.
+        self.weighs_loss = False
         # Where the step is now: in a function whose gradient JAX takes; in the
         # losses of `compile`, in so many calls of a loss, of which this is the
         # outermost; how often it called a metric or layer; what one of these is
@@ -171,6 +173,7 @@ class Recording:
                 each.gradients,
                 each.variables,
                 weight,
+                is_weighted=self.weighs_loss,
                 kept=kept,
                 once=once,
                 undivided=each.undivided,

@@ -120,6 +120,31 @@ class TrainingStep:
         """Whether sums beside means are kept apart: their gradients, too."""
         return self.adds_losses_up and self.kinds.are_mixed
 
+    @functools.cached_property
+    def weighs_losses(self) -> bool:
+        """Whether a loss is multiplied by its weight, not its gradients.
+
+        A multiplication less for each weight. Not where that could overflow or
+        round, and not where gradients are no derivatives (scales of float8).
+        """
+        if not self.is_keras_step or self.is_scaling:
+            return False
+        variables = self.model.trainable_variables
+        dtypes = {each.dtype for each in variables} | {
+            getattr(layer, "compute_dtype", None)
+            for layer in self.model._flatten_layers()
+        }
+        return dtypes.isdisjoint(("float16", "bfloat16")) and not any(
+            getattr(each, "overwrite_with_gradient", False)
+            for each in variables
+        )
+
+    def lend_sums(self) -> None:
+        """Has the framework add gradients to the sums by itself, if it can."""
+        if not self.skips and self.sums.averages is None:
+            for each in self.sums.gradients:
+                each.lend()
+
     def loss_weight(self, loss: Any, call: int) -> Any:
         """What Keras multiplies a loss of `compile` by.
 

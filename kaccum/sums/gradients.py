@@ -101,6 +101,7 @@ class GradientSums:
         variables: Sequence[Any],
         weight: Any,
         *,
+        is_weighted: bool = False,
         kept: Any = True,
         once: Sequence[Callable[[], Any]] = (),
         undivided: Sequence[Any] | None = None,
@@ -114,6 +115,7 @@ class GradientSums:
             variables: The variables, in the same order.
             weight: Scalar, the micro-batch's weight, or `None` for a loss that
                 is a sum.
+            is_weighted: Whether they were multiplied by it.
             kept: `True`, or a scalar bool: whether the window keeps it.
             once: Functions that return the terms of a sum that do not depend on
                 the data. They count once a window.
@@ -139,7 +141,9 @@ class GradientSums:
                 undivided = self._backend.zero_unless(kept, undivided)
         if self._norm_of is not None:
             told = None if undivided is not None else examples
-            new = self._measured_of(gradients, variables, weight, told, scale)
+            new = self._measured_of(
+                gradients, variables, weight, told, scale, is_weighted
+            )
             numbers += chosen(kept, new, [0.0, 0.0, 0.0])
         self._backend.increase(self._numbers, numbers)
         if undivided is not None:
@@ -159,9 +163,13 @@ class GradientSums:
         self._backend.add_weighted(
             [entry.total for _, entry in added],
             [gradient for gradient, _ in added],
-            numbers[0],
+            1.0 if is_weighted else numbers[0],
         )
         self._overwrite([pair for pair in pairs if pair[1].is_overwritten])
+
+    def lend(self) -> None:
+        """Has the framework add the next gradients by itself, if it can."""
+        self._backend.lend([e.total for e in self._with_totals])
 
     def parts(self, *, releases: bool = False) -> list[Any]:
         """What the replicas of a strategy add up for an update.
@@ -454,6 +462,7 @@ class GradientSums:
         weight: Any,
         examples: Any,
         scale: Any,
+        is_weighted: bool,
     ) -> list[Any]:
         """What a micro-batch adds to the last three numbers."""
         if examples is None:
@@ -470,6 +479,8 @@ class GradientSums:
         square = self._square_of(gradients, variables, scale)
         if weight is None:
             return [ops.divide_no_nan(square, examples), examples, is_counted]
+        if is_weighted:
+            return [square / counts, examples, is_counted]
         return [square * counts, examples, is_counted]
 
     def _measured(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from kaccum.backends import arrays
 from kaccum.backends.base import Backend, SumSpec
+from kaccum.backends.jax.batches import is_on_devices, part_of
 from kaccum.backends.jax.runner import JaxRunner
 from kaccum.backends.jax.sums import Sum
 from kaccum.backends.jax.tester import JaxTester
@@ -85,6 +85,7 @@ class JaxBackend(Backend):
         self, sums: Sequence[Sum], gradients: Sequence[Any], weight: Any
     ) -> None:
         for total, gradient in zip(sums, gradients):
+            # XLA leaves out a product with a constant 1.
             weighted = jnp.asarray(weight, total.dtype) * gradient.astype(
                 total.dtype
             )
@@ -281,7 +282,7 @@ class JaxBackend(Backend):
         return stats.get("peak_bytes_in_use")
 
     def runner(self, model: keras.Model, step: Step) -> Runner:
-        return JaxRunner(model, step)
+        return JaxRunner(model, step, self)
 
     def tester(
         self, model: keras.Model, test: TestOfParts, runner: Any
@@ -290,8 +291,7 @@ class JaxBackend(Backend):
 
 
 def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:
-    leaves = keras.tree.flatten(batch)
-    if all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves):
+    if is_on_devices(batch):
         return _compiled_part_of(batch, start, size, parts)
     return arrays.part_of(batch, start, start + size)
 
@@ -307,21 +307,7 @@ def _joined_on(count: int, arrays: Sequence[Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(whole, layout.backend_layout)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _compiled_part_of(batch: Any, start: Any, size: int, parts: int) -> Any:
-    """Some examples of those that each part of the devices has."""
-
-    def part_of(array: Any) -> Any:
-        if parts == 1:
-            return jax.lax.dynamic_slice_in_dim(array, start, size)
-        shape = array.shape[1:]
-        array = array.reshape(parts, -1, *shape)
-        array = jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
-        array = array.reshape(parts * size, *shape)
-        layout = keras.distribution.distribution().get_data_layout(array.shape)
-        return jax.lax.with_sharding_constraint(array, layout.backend_layout)
-
-    return jax.tree.map(part_of, batch)
+_compiled_part_of = jax.jit(part_of, static_argnums=(2, 3))
 
 
 BACKEND = JaxBackend()

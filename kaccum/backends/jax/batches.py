@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import keras
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from keras.src.trainers.data_adapters import data_adapter_utils
 
 # What `fit` makes of batches that it could not stack, from Keras 3.16 on; there
@@ -84,3 +86,47 @@ def length_of(stack: Any) -> int:
 def batch_of(stack: Any, index: Any) -> Any:
     """A batch of a stack: of its place, an int or a scalar."""
     return jax.tree.map(lambda x: x[index], stack)
+
+
+def part_of(batch: Any, start: Any, size: int, parts: int) -> Any:
+    """Some examples of those that each part of the devices has.
+
+    Args:
+        batch: Nested arrays in a trace.
+        start: The first of them.
+        size: How many they are.
+        parts: In how many parts the devices have the batch.
+    """
+
+    def part_of_array(array: Any) -> Any:
+        if parts == 1:
+            return jax.lax.dynamic_slice_in_dim(array, start, size)
+        shape = array.shape[1:]
+        array = array.reshape(parts, -1, *shape)
+        array = jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+        array = array.reshape(parts * size, *shape)
+        layout = keras.distribution.distribution().get_data_layout(array.shape)
+        return jax.lax.with_sharding_constraint(array, layout.backend_layout)
+
+    return jax.tree.map(part_of_array, batch)
+
+
+def is_on_devices(batch: Any) -> bool:
+    """Whether all of a batch is in arrays of JAX."""
+    leaves = keras.tree.flatten(batch)
+    return all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+def uses_convolutions(traced: Jaxpr | ClosedJaxpr) -> bool:
+    """Whether what was traced computes some."""
+    for equation in traced.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        inner = (
+            each
+            for each in jax.tree.leaves(equation.params)
+            if isinstance(each, (Jaxpr, ClosedJaxpr))
+        )
+        if any(uses_convolutions(each) for each in inner):
+            return True
+    return False

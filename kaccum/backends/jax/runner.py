@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
 
-from kaccum.backends.jax.batches import Batches, batch_of, length_of
+from kaccum.backends.arrays import Equal, equal_parts
+from kaccum.backends.jax.batches import (
+    Batches,
+    batch_of,
+    is_on_devices,
+    length_of,
+    part_of,
+    uses_convolutions,
+)
 from kaccum.backends.jax.sums import Sum, constrained, placed
 from kaccum.backends.runner import Ran, Runner, Step
+
+if TYPE_CHECKING:
+    from kaccum.backends.base import Backend
 
 
 class State(NamedTuple):
@@ -42,13 +53,17 @@ class JaxRunner(Runner):
     weights and the optimizer's variables to change, only to read.
     """
 
-    def __init__(self, model: keras.Model, step: Step) -> None:
-        super().__init__(model, step)
+    def __init__(
+        self, model: keras.Model, step: Step, backend: Backend
+    ) -> None:
+        super().__init__(model, step, backend)
         # The model may be compiled with another one before the last update.
         self._optimizer = model.optimizer
         # What the compiled functions get and return, in this order.
         self._sums: list[Sum] = list(step.sums.all)
         self._is_finding = self._has_found = False
+        # Of a step that was found: whether it runs slowly in a loop.
+        self._is_slow_in_loops = False
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
@@ -57,6 +72,7 @@ class JaxRunner(Runner):
         # what it was called with, but for the sums.
         self._add = self._compiled(self._traced_add, donated=[1])
         self._adds = self._compiled(self._traced_adds, donated=[1])
+        self._parts: dict[Equal, Any] = {}
         self._logs: Any = None
         self._may_stack = False
         self._update = self._compiled(self._traced_update, donated=[0, 1])
@@ -128,7 +144,7 @@ class JaxRunner(Runner):
             # What a batch was cut into.
             batches = Batches(batches, False)
         batches.pull()
-        if batches.stack is not None and self._is_compiled:
+        if self._is_stack(batches.stack, is_plain):
             return self._run_stack(batches.stack, closes, is_plain)
         logs, ran, updates = None, 0, 0
         for is_last in closes:
@@ -164,27 +180,62 @@ class JaxRunner(Runner):
             start = stop
         return Ran(logs, len(closes), updates)
 
+    def _is_stack(self, stack: Any, is_plain: bool) -> bool:
+        """Whether it is one, which runs in one call."""
+        if stack is None or not self._is_compiled:
+            return False
+        if is_plain:
+            return True
+        self._find_first(stack, lambda stack: batch_of(stack, 0))
+        return not self._is_slow_in_loops
+
     def _run_adds(self, stack: Any, start: int, stop: int) -> Any:
-        self._find_first(stack, is_stack=True)
         return self._moving(self._adds, (stack, start, stop, self._logs))
 
-    def _find_first(self, data: Any, *, is_stack: bool) -> None:
-        """Finds what sums a step has, and the logs that it returns."""
-        if not self._is_compiled or self._has_found:
+    def run_parts(self, batch: Any, sizes: list[list[int]]) -> Any:
+        is_cut = len(sizes) > 1
+        if not is_cut or not self._is_compiled or not is_on_devices(batch):
+            return super().run_parts(batch, sizes)
+        groups = equal_parts(sizes)
+        _, size, _, replicas = groups[0]
+        self._find_first(batch, lambda whole: part_of(whole, 0, size, replicas))
+        if self._is_slow_in_loops:
+            return super().run_parts(batch, sizes)
+        logs = None
+        for parts in groups:
+            if parts not in self._parts:
+                traced = functools.partial(self._traced_parts, parts)
+                self._parts[parts] = self._compiled(traced, donated=[1])
+            logs = self._moving(self._parts[parts], (batch, self._logs))
+        return logs
+
+    def _find_first(
+        self, data: Any, first_of: Callable[[Any], Any] = lambda data: data
+    ) -> None:
+        """Finds what sums a step has, and what else is to be known of it.
+
+        Args:
+            data: Data.
+            first_of: Function of the data that returns a micro-batch of them.
+        """
+        if self._has_found or not self._is_compiled:
             return
 
         def traced(state: State, held: list[Any], data: Any) -> Any:
-            data = batch_of(data, 0) if is_stack else data
-            return self._traced_add(state, held, data)
+            return self._traced_add(state, held, first_of(data))
 
-        (logs, _, _), _ = self._find_sums(traced, data)
+        jaxpr, ((logs, _, _), _) = self._find_sums(traced, data)
+        # There XLA leaves convolutions as they are, which on a processor takes
+        # ten times as long (JAX 0.10).
+        is_on_processor = jax.default_backend() == "cpu"
+        self._is_slow_in_loops = is_on_processor and uses_convolutions(jaxpr)
         self._logs = jax.tree.map(
             lambda log: jnp.zeros(log.shape, log.dtype), logs
         )
         self._has_found = True
 
     def _run_add(self, data: Any) -> Any:
-        self._find_first(data, is_stack=False)
+        self._find_first(data)
         return self._moving(self._add, data)
 
     def _moving(self, function: Any, data: Any) -> Any:
@@ -280,13 +331,23 @@ class JaxRunner(Runner):
         """Some micro-batches of a stack: one compiled loop for any number."""
         stack, start, stop, logs = which
 
-        def body(i: Any, carried: Any) -> Any:
-            (_, non_trainable, metrics), held = carried
-            now = state._replace(non_trainable=non_trainable, metrics=metrics)
-            return self._traced_add(now, held, batch_of(stack, i))
+        def add(i: Any, state: State, held: list[Any]) -> Any:
+            return self._traced_add(state, held, batch_of(stack, i))
 
-        first = ((logs, state.non_trainable, state.metrics), held)
-        return jax.lax.fori_loop(start, stop, body, first)
+        return _loop(add, start, stop, state, held, logs)
+
+    def _traced_parts(
+        self, parts: Equal, state: State, held: list[Any], data: Any
+    ) -> Any:
+        """Parts of a batch."""
+        batch, logs = data
+
+        def add(i: Any, state: State, held: list[Any]) -> Any:
+            start = parts.start + i * parts.size
+            part = part_of(batch, start, parts.size, parts.replicas)
+            return self._traced_add(state, held, part)
+
+        return _loop(add, 0, parts.count, state, held, logs)
 
     def _traced_pass(
         self, run: Callable[..., Any], state: State, held: list[Any], data: Any
@@ -316,17 +377,14 @@ class JaxRunner(Runner):
         JAX would keep a trace that raises for good (0.10).
 
         Returns:
-            The shapes and dtypes of what it returns.
+            What was traced, and the shapes and dtypes of what it returns.
         """
         self._is_finding = True
         held = [total.value for total in self._sums]
         try:
-            return jax.eval_shape(
-                lambda *arguments: traced(*arguments),
-                self._state,
-                held,
-                data,
-            )
+            return jax.make_jaxpr(
+                lambda *arguments: traced(*arguments), return_shape=True
+            )(self._state, held, data)
         finally:
             self._is_finding = False
 
@@ -421,6 +479,35 @@ class JaxRunner(Runner):
             "metrics_variables": metrics,
         }
         self.model._jax_state_synced = False
+
+
+def _loop(
+    add: Callable[[Any, State, list[Any]], Any],
+    start: Any,
+    stop: Any,
+    state: State,
+    held: list[Any],
+    logs: Any,
+) -> Any:
+    """A compiled loop of `_traced_add`, which returns what the last one does.
+
+    Args:
+        add: Function of the number of a micro-batch, of the state, and of what
+            sums hold.
+        start: The number of the first one.
+        stop: That after the last one.
+        state: The state.
+        held: What sums hold.
+        logs: What logs are like.
+    """
+
+    def body(i: Any, carried: Any) -> Any:
+        (_, non_trainable, metrics), held = carried
+        now = state._replace(non_trainable=non_trainable, metrics=metrics)
+        return add(i, now, held)
+
+    first = ((logs, state.non_trainable, state.metrics), held)
+    return jax.lax.fori_loop(start, stop, body, first)
 
 
 def _pairs(variables: State, state: State) -> list[tuple[Any, Any]]:

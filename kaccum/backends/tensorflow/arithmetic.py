@@ -58,7 +58,10 @@ class Arithmetic(Replicas):
         self, sums: Sequence[tf.Variable], gradients: Sequence[Any], weight: Any
     ) -> None:
         for total, gradient in zip(sums, gradients):
-            _add_weighted(total, gradient, tf.cast(weight, total.dtype))
+            if isinstance(weight, float) and weight == 1.0:
+                _add(total, gradient)
+            else:
+                _add_weighted(total, gradient, tf.cast(weight, total.dtype))
 
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
         def share(dtype: Any) -> Any:
@@ -238,6 +241,18 @@ def _release(total: tf.Variable) -> list[tf.Operation]:
         input=tf.zeros([0], total.dtype), shape=tf.TensorShape(None)
     )
     return _assign(total, nothing)
+
+
+def _add(total: tf.Variable, gradient: Any) -> None:
+    if isinstance(gradient, tf.IndexedSlices):
+        values = tf.cast(gradient.values, total.dtype)
+        tf.raw_ops.ResourceScatterAdd(
+            resource=total.handle, indices=gradient.indices, updates=values
+        )
+    else:
+        tf.raw_ops.AssignAddVariableOp(
+            resource=total.handle, value=tf.cast(gradient, total.dtype)
+        )
 
 
 def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kaccum.backends.arrays import equal_parts
 from kaccum.backends.base import Backend
 from kaccum.backends.runner import AssigningRunner, Ran, Step
 from kaccum.backends.tensorflow.calls import (
@@ -67,6 +69,44 @@ class TensorFlowRunner(AssigningRunner):
             return self._run(batches, closes, is_plain)
         with self._looking():
             return self._run(batches, closes, is_plain)
+
+    def run_parts(self, batch: Any, sizes: list[list[int]]) -> Any:
+        is_whole = len(sizes) == 1 or self.model.run_eagerly
+        if is_whole or not _are_tensors(batch):
+            return super().run_parts(batch, sizes)
+        logs = None
+        with self._looking():
+            for start, size, count, _ in equal_parts(sizes):
+                call = self._compiled_for_parts(size)
+                logs = call((batch, _bounds(start, count)))
+        return logs
+
+    def _compiled_for_parts(self, size: int) -> Callable[[Any], Any]:
+        key = (self._run_equal.__name__, size)
+        if key not in self._calls:
+            run = functools.partial(self._run_equal, size=size)
+            self._calls[key] = CompiledCall(run, knows_sizes=False)
+        return self._calls[key]
+
+    def _run_equal(self, batch_and_bounds: Any, size: int) -> Any:
+        """The last one's logs, of some steps on parts of one size."""
+        batch, bounds = batch_and_bounds
+        start, count = bounds[0], bounds[1]
+
+        def run(i: Any) -> Any:
+            part = keras.tree.map_structure(
+                lambda leaf: _part_of(leaf, start + i * size, size), batch
+            )
+            return self._run_one(part, False, False)
+
+        _, logs = tf.while_loop(
+            lambda i, logs: i < count,
+            lambda i, logs: (i + 1, run(i)),
+            # The first one tells what logs are like.
+            (tf.constant(1), run(0)),
+            parallel_iterations=1,
+        )
+        return logs
 
     def others(self) -> dict[str, tf.Tensor]:
         return {
@@ -250,3 +290,21 @@ class TensorFlowRunner(AssigningRunner):
     def put_back(self, variable: Any, before: list[tf.Tensor]) -> None:
         for part, value in zip(local_values(variable.value), before):
             part.assign(value)
+
+
+def _are_tensors(batch: Any) -> bool:
+    """Whether it is of one replica, and can be cut in a graph."""
+    leaves = keras.tree.flatten(batch)
+    return all(leaf is None or isinstance(leaf, tf.Tensor) for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=None)
+def _bounds(start: int, count: int) -> tf.Tensor:
+    return tf.constant([start, count])
+
+
+def _part_of(leaf: Any, start: Any, size: int) -> Any:
+    if leaf is None:
+        return None
+    part = leaf[start : start + size]
+    return tf.ensure_shape(part, [size, *leaf.shape[1:]])

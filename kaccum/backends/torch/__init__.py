@@ -15,50 +15,39 @@ from kaccum.backends.runner import Step
 from kaccum.backends.tester import Tester, TestOfParts
 from kaccum.backends.torch.processes import Processes
 from kaccum.backends.torch.runner import TorchRunner, TorchTester, is_on_gpu
+from kaccum.backends.torch.sums import Sum, add
 
 
 class TorchBackend(Processes):
-    """Sums are tensors."""
+    """Sums hold tensors, to which `backward` adds."""
 
-    def new_sums(self, specs: Sequence[SumSpec]) -> list[torch.Tensor]:
-        return [_zeros(*spec) for spec in specs]
+    def new_sums(self, specs: Sequence[SumSpec]) -> list[Sum]:
+        return [Sum(*spec) for spec in specs]
 
-    def values_of(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [total.clone() for total in sums]
+    def values_of(self, sums: Sequence[Sum]) -> list[torch.Tensor]:
+        return [total.copy() for total in sums]
 
-    def take(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return list(sums)
+    def take(self, sums: Sequence[Sum]) -> list[torch.Tensor]:
+        return [total.take() for total in sums]
 
-    def assign(
-        self, sums: Sequence[torch.Tensor], values: Sequence[Any]
-    ) -> None:
+    def assign(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):
-            total.copy_(value.detach())
+            total.value = total.zeros() + value.detach()
 
-    def increase(
-        self, sums: Sequence[torch.Tensor], values: Sequence[Any]
-    ) -> None:
+    def increase(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):
             if isinstance(value, torch.Tensor):
                 value = value.detach().to(total.device, total.dtype)
-            total += value
+            total.value = total.take() + value
 
-    @torch.no_grad()
     def add_weighted(
-        self,
-        sums: Sequence[torch.Tensor],
-        gradients: Sequence[Any],
-        weight: Any,
+        self, sums: Sequence[Sum], gradients: Sequence[Any], weight: Any
     ) -> None:
-        if not sums:
-            return
-        dtyped = [g.to(total.dtype) for g, total in zip(gradients, sums)]
-        if isinstance(weight, torch.Tensor):
-            # Its number would have to come from the device.
-            dtyped = torch._foreach_mul(dtyped, weight.detach())
-            torch._foreach_add_(sums, dtyped)
-        else:
-            torch._foreach_add_(sums, dtyped, alpha=weight)
+        add(sums, gradients, weight)
+
+    def lend(self, sums: Sequence[Sum]) -> None:
+        for total in sums:
+            total.lend()
 
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
         for dtype in {tensor.dtype for tensor in tensors}:
@@ -67,18 +56,12 @@ class TorchBackend(Processes):
             torch._foreach_mul_(alike, share)
         return list(tensors)
 
-    def empty(
-        self, sums: Sequence[torch.Tensor], after: Sequence[Any] = ()
-    ) -> None:
+    def empty(self, sums: Sequence[Sum], after: Sequence[Any] = ()) -> None:
         for total in sums:
-            size = total.numel() * total.element_size()
-            total.untyped_storage().resize_(size)
-            # Overwritten, not multiplied: it may hold a NaN.
-            total.zero_()
+            total.clear()
 
-    def release(self, sums: Sequence[torch.Tensor]) -> None:
-        for total in sums:
-            total.untyped_storage().resize_(0)
+    def release(self, sums: Sequence[Sum]) -> None:
+        self.empty(sums)
 
     @torch.no_grad()
     def squared_norm(
@@ -208,14 +191,6 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _zeros(shape: Any, dtype: str, beside: Any) -> torch.Tensor:
-    zeros = keras.ops.zeros(tuple(shape), dtype)
-    if beside is not None:
-        return zeros.to(beside.value.device)
-    # The host asks for counts.
-    return zeros.to("cpu") if dtype == "int32" else zeros
 
 
 BACKEND = TorchBackend()
