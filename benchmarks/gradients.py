@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.networks import NETWORKS
-from benchmarks.speed import BACKEND, KINDS
-from benchmarks.ways import LOGGED, STEPS, Way, ratio
+from benchmarks.speed import BACKEND
+from benchmarks.ways import KINDS, LOGGED, STEPS, Way, ratio
 
 WINDOW = 8
 

@@ -12,8 +12,8 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -25,6 +25,8 @@ from benchmarks.ways import (
     BARE,
     CUT,
     KERAS,
+    KINDS,
+    LARGE,
     PLAIN,
     STEPS,
     WAYS,
@@ -36,8 +38,6 @@ from benchmarks.ways import (
 )
 
 BACKEND = keras.backend.backend()
-#: Whether XLA compiles: on JAX always, on PyTorch never.
-KINDS = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
 #: Per micro-batch, window of 8, for both ways of kaccum: at most so many times
 #: a plain fit, Keras's own, and the bare loop.
 TARGETS: dict[str, dict[tuple[str, bool], tuple[float | None, ...]]] = {
@@ -65,6 +65,7 @@ class Row(NamedTuple):
         to_plain: Median of pairwise ratios to the plain fit with micro-batches.
         to_keras: The same to Keras's own accumulation.
         to_bare: The same to the loop by hand.
+        to_large: The same to the large batch.
         first_update: Seconds to the first update, with all that is compiled.
         traces: How often the training step was traced until then.
         later_traces: How often after that, in all further fits.
@@ -78,6 +79,7 @@ class Row(NamedTuple):
     to_plain: float
     to_keras: float
     to_bare: float
+    to_large: float
     first_update: float
     traces: int
     later_traces: int
@@ -97,24 +99,23 @@ def measure(
         for way in ways:
             if way.is_new:
                 firsts[way.name] = way.first_update()
-        again = Again(ways[0])
-        seconds = in_turn([*ways, again], rounds)
-        for way in [*ways, again]:
-            mine = seconds[way.name]
-            first = firsts.get(way.name, Run(0.0, 0.0, 0))
-            is_again = isinstance(way, Again)
+        seconds = in_turn([*ways, Again(ways[0])], rounds)
+        traces = {way.name: way.traces for way in ways}
+        for name_of_way, mine in seconds.items():
+            first = firsts.get(name_of_way, Run(0.0, 0.0, 0))
             yield Row(
                 network=name,
                 xla=is_xla,
                 window=window,
-                way=way.name,
+                way=name_of_way,
                 milliseconds=1e3 * np.median(mine) / network.micro_batches,
                 to_plain=ratio(mine, seconds[PLAIN]),
                 to_keras=ratio(mine, seconds[KERAS]),
                 to_bare=ratio(mine, seconds[BARE]),
+                to_large=ratio(mine, seconds[LARGE]),
                 first_update=first.all_seconds,
                 traces=first.traces,
-                later_traces=0 if is_again else way.traces - first.traces,
+                later_traces=traces.get(name_of_way, 0) - first.traces,
             )
 
 
@@ -142,6 +143,7 @@ def read(path: str) -> list[Row]:
     """Rows that `--csv` wrote."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
+    kinds: dict[str, Callable[[str], Any]]
     kinds = {"network": str, "way": str, "xla": "True".__eq__}
     kinds |= dict.fromkeys(("window", "traces", "later_traces"), int)
     return [
@@ -169,14 +171,16 @@ def line(row: Row) -> str:
     return (
         f"{row.network:22} {'XLA' if row.xla else '':4} {row.window:6} "
         f"{row.way:17} {row.milliseconds:8.2f} {row.to_plain:6.2f} "
-        f"{row.to_keras:6.2f} {row.to_bare:6.2f} {row.first_update:7.2f} "
+        f"{row.to_keras:6.2f} {row.to_bare:6.2f} {row.to_large:6.2f} "
+        f"{row.first_update:7.2f} "
         f"{row.traces:3} +{row.later_traces}"
     )
 
 
 HEAD = (
     f"{'network':22} {'':4} {'window':>6} {'way':17} {'ms/micro':>8} "
-    f"{'/plain':>6} {'/Keras':>6} {'/bare':>6} {'first s':>7} traces"
+    f"{'/plain':>6} {'/Keras':>6} {'/bare':>6} {'/large':>6} {'first s':>7} "
+    "traces"
 )
 
 

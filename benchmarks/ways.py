@@ -24,6 +24,8 @@ AGAIN = "plain fit again"
 WHOLE_STEPS = "whole, steps"
 WHOLE_CUT = "whole, cut"
 LOGGED = "steps, log_gradients"
+#: Whether XLA compiles: on JAX always, on PyTorch never.
+KINDS = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
 WAYS = (PLAIN, KERAS, STEPS, CUT, LARGE, BARE)
 
 

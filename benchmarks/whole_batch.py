@@ -17,9 +17,10 @@ import numpy as np
 
 from benchmarks import memory, report
 from benchmarks.networks import NETWORKS, Network, normal, segmentation
-from benchmarks.speed import BACKEND, KINDS
+from benchmarks.speed import BACKEND
 from benchmarks.ways import (
     CUT,
+    KINDS,
     LARGE,
     STEPS,
     WHOLE_CUT,

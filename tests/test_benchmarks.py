@@ -10,6 +10,7 @@ from benchmarks.ways import (
     AGAIN,
     BARE,
     CUT,
+    KINDS,
     LARGE,
     PLAIN,
     STEPS,
@@ -60,7 +61,7 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
     cases = [(row["xla"], row["window"], row["way"]) for row in rows]
     assert sorted(cases) == sorted(
         (xla, window, way)
-        for xla in map(str, speed.KINDS[BACKEND][: None if is_nightly() else 1])
+        for xla in map(str, KINDS[BACKEND][: None if is_nightly() else 1])
         for window in (("2", "8", "32") if is_nightly() else ("8",))
         for way in (*WAYS, AGAIN)
     )
@@ -81,7 +82,7 @@ def measured(to_plain, again):
     """Rows of one case: kaccum's, and the plain fit's second."""
     ratios = {PLAIN: 1.0, STEPS: to_plain, AGAIN: again}
     return [
-        speed.Row("tiny", False, 8, way, 1.0, ratio, 1.0, 1.0, 1.0, 1, 0)
+        speed.Row("tiny", False, 8, way, 1.0, ratio, 1.0, 1.0, 1.0, 1.0, 1, 0)
         for way, ratio in ratios.items()
     ]
 
@@ -117,7 +118,7 @@ def test_speed_tells_of_what_became_slower(
 def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
     """`--targets` fails."""
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
-    key = ("tiny", speed.KINDS[BACKEND][0])
+    key = ("tiny", KINDS[BACKEND][0])
     targets = {BACKEND: {key: (None, None, 0.0)}}
     monkeypatch.setattr(speed, "TARGETS", targets)
     options = ["--quick", "--rounds", "1", "--networks", "tiny"]
@@ -139,12 +140,12 @@ def rows_of(peaks):
 def test_memory_tells_of_a_missed_target(
     peak, status, monkeypatch, tmp_path, capsys
 ):
-    """`--check` fails where the sums take more than the weights, and a bit."""
+    """`--targets` fails where sums take more than the weights, and a bit."""
     peaks = {PLAIN: 100.0, STEPS: 100.0, CUT: peak}
     monkeypatch.setattr(memory, "in_another_process", rows_of(peaks))
     files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
     options = ["--quick", "--csv", files[0], "--plot", files[1]]
-    assert memory.main([*options, "--check"]) == status
+    assert memory.main([*options, "--targets"]) == status
     with open(files[0]) as file:
         rows = list(csv.DictReader(file))
     assert [row["way"] for row in rows[:3]] == [PLAIN, STEPS, CUT]
@@ -174,9 +175,9 @@ def test_whole_batches_are_measured(monkeypatch, tmp_path):
 @only_on("tensorflow", "torch", reason="JAX takes 1.2 times the weights")
 def test_memory_measures_in_processes(monkeypatch, tmp_path, capsys):
     """The sums are at most what the target allows, and freed afterwards."""
-    monkeypatch.setattr(memory, "NETWORKS", [memory.HEAVY])
     path = str(tmp_path / "rows.csv")
-    assert memory.main(["--quick", "--check", "--csv", path]) == 0
+    options = ["--quick", "--targets", "--networks", memory.HEAVY]
+    assert memory.main([*options, "--csv", path]) == 0
     with open(path) as file:
         plain, *ours = csv.DictReader(file)
     for row in ours:

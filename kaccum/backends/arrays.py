@@ -51,13 +51,13 @@ class Equal(NamedTuple):
     Args:
         start: The first example, of each replica.
         size: How many examples each part has, of each replica.
-        count: How many parts there are.
+        times: How many parts there are.
         replicas: How many replicas there are.
     """
 
     start: int
     size: int
-    count: int
+    times: int
     replicas: int
 
 
@@ -71,9 +71,9 @@ def equal_parts(sizes: list[list[int]]) -> list[Equal]:
     for (size, replicas), alike in itertools.groupby(
         (each[0], len(each)) for each in sizes
     ):
-        count = len(list(alike))
-        found.append(Equal(start, size, count, replicas))
-        start += count * size
+        times = len(list(alike))
+        found.append(Equal(start, size, times, replicas))
+        start += times * size
     return found
 
 

@@ -139,7 +139,8 @@ HOOKS = (
          "The same, in steps of JAX.",
          _optimizer, hearing.on_stateless_apply, also_inside=True),
     Hook("the model's optimizer", "scale_loss", STEP, "3.0",
-         "Terms of the loss that have no data are scaled as the loss is.",
+         "The loss is multiplied by the weight of its micro-batch; terms that "
+         "have no data are scaled as the loss is.",
          _optimizer, hearing.on_scale_loss, also_inside=True),
     Hook("keras.src.optimizers.base_optimizer.BaseOptimizer", "apply", STEP,
          "3.0",

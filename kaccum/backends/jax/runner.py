@@ -347,7 +347,7 @@ class JaxRunner(Runner):
             part = part_of(batch, start, parts.size, parts.replicas)
             return self._traced_add(state, held, part)
 
-        return _loop(add, 0, parts.count, state, held, logs)
+        return _loop(add, 0, parts.times, state, held, logs)
 
     def _traced_pass(
         self, run: Callable[..., Any], state: State, held: list[Any], data: Any

@@ -22,7 +22,7 @@ class Sum:
     def __init__(self, shape: Any, dtype: str, beside: Any) -> None:
         self.shape = tuple(shape)
         self.dtype: torch.dtype = to_torch_dtype(dtype)
-        self._parameter = None if beside is None else beside.value
+        self._parameter: Any = None if beside is None else beside.value
         if self._parameter is not None:
             self.device = self._parameter.device
         else:
