@@ -49,6 +49,8 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
     """A row for each way: none is traced again in a second fit."""
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
     files = [str(tmp_path / name) for name in ("rows.csv", "plot.png")]
+    # Nothing of what takes no time is a target.
+    monkeypatch.setattr(speed, "TO_PLAIN", {"tiny": 1e9})
     options = ["--rounds", "1", "--networks", "tiny", "--targets"]
     options += ["--csv", files[0], "--plot", files[1]]
     if is_nightly():
@@ -80,7 +82,7 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
 
 def measured(to_plain, again):
     """Rows of one case: kaccum's, and the plain fit's second."""
-    ratios = {PLAIN: 1.0, STEPS: to_plain, AGAIN: again}
+    ratios = {PLAIN: 1.0, STEPS: to_plain, BARE: 1.0, AGAIN: again}
     return [
         speed.Row("tiny", False, 8, way, 1.0, ratio, 1.0, 1.0, 1.0, 1.0, 1, 0)
         for way, ratio in ratios.items()
@@ -115,16 +117,54 @@ def test_speed_tells_of_what_became_slower(
     assert (said in capsys.readouterr().out) == (status == 1)
 
 
-def test_speed_tells_of_a_missed_target(monkeypatch, capsys):
-    """`--targets` fails."""
+@pytest.mark.parametrize(
+    "name, to_plain, to_keras, to_bare, bare_to_keras, expected",
+    [
+        ("tiny", 9.0, 0.95, 1.05, 0.9, []),
+        ("tiny", 9.0, 0.94, 1.06, 0.9, ["1.06 of bare loop, target 1.05"]),
+        ("tiny", 9.0, 0.97, 1.00, 0.9, ["0.97 of Keras's own, target 0.95"]),
+        # The bare loop is no faster.
+        ("tiny", 9.0, 0.97, 1.00, 0.97, []),
+        ("tiny", 9.0, 1.03, 1.00, 0.97, ["1.03 of Keras's own, target 1.02"]),
+        ("tiny, 32 an execution", 1.5, 9.0, 9.0, 0.1, []),
+        (
+            "tiny, 32 an execution",
+            1.6,
+            0.1,
+            0.1,
+            0.1,
+            ["1.60 of plain fit, target 1.50"],
+        ),
+    ],
+)
+def test_speed_tells_of_a_missed_target(
+    name,
+    to_plain,
+    to_keras,
+    to_bare,
+    bare_to_keras,
+    expected,
+    monkeypatch,
+    capsys,
+):
+    """`--targets` fails, for each way of kaccum."""
+
+    def row(way, *ratios):
+        return speed.Row(name, False, 8, way, 1.0, *ratios, 1.0, 1.0, 1, 0)
+
+    rows = [
+        row(BARE, 1.0, bare_to_keras, 1.0),
+        row(PLAIN, 1.0, 9.0, 9.0),
+        row(STEPS, to_plain, to_keras, to_bare),
+    ]
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
-    key = ("tiny", KINDS[BACKEND][0])
-    targets = {BACKEND: {key: (None, None, 0.0)}}
-    monkeypatch.setattr(speed, "TARGETS", targets)
-    options = ["--quick", "--rounds", "1", "--networks", "tiny"]
-    assert speed.main([*options, "--targets"]) == 1
-    assert "of bare loop, target 0.00" in capsys.readouterr().out
-    assert speed.main(options) == 0
+    monkeypatch.setattr(speed, "measure", lambda *case: iter(rows))
+    said = [f"{name}, no XLA, steps: {text}" for text in expected]
+    assert speed.missed(rows) == said
+    assert speed.main(["--quick", "--targets"]) == int(bool(said))
+    printed = capsys.readouterr().out
+    assert "\n".join(said or ["none"]) in printed
+    assert speed.main(["--quick"]) == 0
 
 
 def rows_of(peaks):
