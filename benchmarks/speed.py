@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +43,8 @@ TO_BARE = 1.05
 TO_KERAS = (0.95, 1.02)
 #: Where calls take most of the time: at most so many times a plain fit alone.
 TO_PLAIN = {"tiny, 32 an execution": 1.5}
+#: As of `--check`: noise that there always is, and more than can be compared.
+NOISE = (0.05, 0.25)
 
 
 class Row(NamedTuple):
@@ -58,6 +59,7 @@ class Row(NamedTuple):
         first_update: Seconds to the first update, with all that is compiled.
         traces: How often the training step was traced until then.
         later_traces: How often after that, in all further fits.
+        backend: That of Keras.
     """
 
     network: str
@@ -72,6 +74,12 @@ class Row(NamedTuple):
     first_update: float
     traces: int
     later_traces: int
+    backend: str = BACKEND
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What it has in common with a row that it is compared with."""
+        return (*self[:4], self.backend)
 
 
 def measure(
@@ -132,9 +140,18 @@ def missed(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def noise(rows: Sequence[Row]) -> float:
-    """How far from 1 the ratio of a plain fit to itself was, at most."""
-    found = (abs(row.to_plain - 1) for row in rows if row.way == AGAIN)
+def noise(rows: Sequence[Row], case: Any = None) -> float:
+    """How far from 1 the ratio of a plain fit to itself was, at most.
+
+    Args:
+        rows: Of all cases.
+        case: That of one; by default any.
+    """
+    found = (
+        abs(row.to_plain - 1)
+        for row in rows
+        if row.way == AGAIN and case in (None, row.case)
+    )
     return max(found, default=0.0)
 
 
@@ -143,7 +160,8 @@ def read(path: str) -> list[Row]:
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
     kinds: dict[str, Callable[[str], Any]]
-    kinds = {"network": str, "way": str, "xla": "True".__eq__}
+    kinds = dict.fromkeys(("network", "way", "backend"), str)
+    kinds["xla"] = "True".__eq__
     kinds |= dict.fromkeys(("window", "traces", "later_traces"), int)
     return [
         Row(**{key: kinds.get(key, float)(line[key]) for key in Row._fields})
@@ -152,17 +170,29 @@ def read(path: str) -> list[Row]:
 
 
 def slower(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
-    """What kaccum takes longer for than it did, beyond the noise of both."""
-    share = (1 + noise(rows)) * (1 + noise(before))
-    old = {row[:4]: row.to_plain for row in before}
-    return [
-        f"{row.network}, {'' if row.xla else 'no '}XLA, window of "
-        f"{row.window}, {row.way}: {row.to_plain:.2f} of a plain fit, "
-        f"{old[row[:4]]:.2f} before"
-        for row in rows
-        if row.way in (STEPS, CUT)
-        and row.to_plain > share * old.get(row[:4], math.inf)
-    ]
+    """What kaccum takes longer for than it did, or what cannot tell.
+
+    A median of a few rounds differs from the next one, also where a plain fit's
+    did not: noise is at least the first of `NOISE`.
+    """
+    old = {row.case: row.to_plain for row in before}
+    found = []
+    for row in rows:
+        if row.way not in (STEPS, CUT):
+            continue
+        text = (
+            f"{row.network}, {'' if row.xla else 'no '}XLA, window of "
+            f"{row.window}, {row.way}: {row.to_plain:.2f} of a plain fit"
+        )
+        again = row._replace(way=AGAIN).case
+        off = noise([*rows, *before], again)
+        if row.case not in old:
+            found.append(f"{text}, and nothing to compare it with")
+        elif off > NOISE[1]:
+            found.append(f"{text}: too noisy, by {off:.0%}, to compare it")
+        elif row.to_plain > (1 + NOISE[0] + off) * old[row.case]:
+            found.append(f"{text}, {old[row.case]:.2f} before")
+    return found
 
 
 def line(row: Row) -> str:
@@ -240,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--csv", metavar="FILE", help="write the rows into FILE")
     add("--plot", metavar="FILE", help="draw the rows into FILE")
     options = parser.parse_args(arguments)
+    before = read(options.check) if options.check else []
     print(report.machine())
     print(HEAD)
     rows: list[Row] = []
@@ -257,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(["targets missed:", *(all_missed or ["none"])]))
     is_worse = bool(all_missed and options.targets)
     if options.check:
-        all_slower = slower(rows, read(options.check))
+        all_slower = slower(rows, before)
         print("\n".join(["slower:", *(all_slower or ["none"])]))
         is_worse = is_worse or bool(all_slower)
     return 1 if is_worse else 0

@@ -80,6 +80,10 @@ def test_speed_measures_every_way(monkeypatch, tmp_path, capsys):
     assert "noise: the same fit twice differs by up to" in printed
 
 
+CASE = "tiny, no XLA, window of 8, steps: 1.10 of a plain fit"
+SLOWER = f"{CASE}, 1.00 before"
+
+
 def measured(to_plain, again):
     """Rows of one case: kaccum's, and the plain fit's second."""
     ratios = {PLAIN: 1.0, STEPS: to_plain, BARE: 1.0, AGAIN: again}
@@ -90,18 +94,30 @@ def measured(to_plain, again):
 
 
 @pytest.mark.parametrize(
-    "before, now, status",
+    "before, now, expected",
     [
-        (measured(1.0, 1.0), measured(1.1, 1.0), 1),
-        # What may be noise, of either run, is none.
-        (measured(1.0, 1.0), measured(1.1, 1.11), 0),
-        (measured(1.0, 0.89), measured(1.1, 1.0), 0),
-        (measured(1.0, 1.02), measured(1.1, 0.98), 1),
-        (measured(1.0, 1.0), measured(0.9, 1.0), 0),
+        (measured(1.0, 1.0), measured(1.1, 1.0), SLOWER),
+        # What may be noise, of either run.
+        (measured(1.0, 1.0), measured(1.04, 1.0), None),
+        (measured(1.0, 1.0), measured(1.1, 1.11), None),
+        (measured(1.0, 0.89), measured(1.1, 1.0), None),
+        (measured(1.0, 1.02), measured(1.1, 0.98), SLOWER),
+        (measured(1.0, 1.0), measured(0.9, 1.0), None),
+        # What cannot tell.
+        (
+            measured(1.0, 1.0),
+            measured(1.1, 1.3),
+            f"{CASE}: too noisy, by 30%, to compare it",
+        ),
+        (
+            [row._replace(backend="another") for row in measured(1.0, 1.0)],
+            measured(1.1, 1.0),
+            f"{CASE}, and nothing to compare it with",
+        ),
     ],
 )
 def test_speed_tells_of_what_became_slower(
-    before, now, status, monkeypatch, tmp_path, capsys
+    before, now, expected, monkeypatch, tmp_path, capsys
 ):
     """`--check` compares with what was stored."""
     monkeypatch.setattr(speed, "NETWORKS", {"tiny": TINY})
@@ -112,9 +128,10 @@ def test_speed_tells_of_what_became_slower(
     assert speed.main(["--quick", "--check", path]) == 0
     monkeypatch.setattr(speed, "measure", lambda *case: iter(now))
     capsys.readouterr()
-    assert speed.main(["--quick", "--check", path]) == status
-    said = "tiny, no XLA, window of 8, steps: 1.10 of a plain fit, 1.00 before"
-    assert (said in capsys.readouterr().out) == (status == 1)
+    # Read before it is written.
+    options = ["--quick", "--check", path, "--csv", path]
+    assert speed.main(options) == int(bool(expected))
+    assert f"slower:\n{expected or 'none'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

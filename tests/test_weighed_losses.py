@@ -9,9 +9,11 @@ import pytest
 
 from kaccum import GradientAccumulationCallback
 from kaccum.fit.session import Session
-from tests.backends import only_on
+from tests.backends import BACKEND, only_on
 from tests.reference import Problem, build_model, check, fit_micro
 
+HALF = "bfloat16"
+DOUBLE = "float32" if BACKEND == "jax" else "float64"
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(18, 4)).astype("float32")
 Y = RNG.normal(size=(18, 3)).astype("float32")
@@ -24,7 +26,14 @@ class Own(keras.Model):
         return super().train_step(*arguments)
 
 
-def small(kind=keras.Sequential, policy="float32", optimizer="sgd"):
+class OwnLoss(keras.Model):
+    """Has a loss of its own."""
+
+    def compute_loss(self, *arguments, **options):
+        return super().compute_loss(*arguments, **options)
+
+
+def small(kind=keras.Sequential, policy="float32", optimizer="sgd", loss="mse"):
     """A compiled model of `X`."""
     dense = keras.layers.Dense(3, dtype=policy)
     if kind is keras.Sequential:
@@ -32,7 +41,7 @@ def small(kind=keras.Sequential, policy="float32", optimizer="sgd"):
     else:
         inputs = keras.Input((4,))
         model = kind(inputs, dense(inputs))
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, loss)
     return model
 
 
@@ -52,15 +61,28 @@ def fit(model, *more, **options):
     "model, expected",
     [
         (small, True),
-        (lambda: small(policy="float64"), True),
+        # JAX has none of 64 bits.
+        (lambda: small(policy=DOUBLE), True),
         (lambda: small(policy="mixed_bfloat16"), False),
         (lambda: small(policy="bfloat16"), False),
         (lambda: small(policy="mixed_float16"), False),
         (lambda: small(optimizer=scaling()), False),
         # What a user's step does with its loss is not known.
         (lambda: small(Own), False),
+        (lambda: small(OwnLoss), False),
+        (lambda: small(loss=keras.losses.MeanSquaredError(dtype=HALF)), False),
     ],
-    ids=["32", "64", "mixed b16", "b16", "mixed 16", "scales", "own step"],
+    ids=[
+        "32",
+        "64",
+        "mixed b16",
+        "b16",
+        "mixed 16",
+        "scales",
+        "own step",
+        "own loss",
+        "half loss",
+    ],
 )
 def test_losses_are_weighed_where_that_cannot_round(model, expected):
     """Nor overflow."""
@@ -80,6 +102,68 @@ def test_both_ways_are_the_large_batch(kind, is_weighed, monkeypatch):
         # (A cached property: of the class, it is found first.)
         monkeypatch.setattr(TrainingStep, "weighs_losses", False)
     check(problem)
+
+
+def trained(optimizer, layers, callbacks=None):
+    """The weights after a fit, as a large batch or with `callbacks`."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), *(make() for make in layers)])
+    model.compile(optimizer(0.1), "mse")
+    model.optimizer.build(model.trainable_variables)
+    batch_size = 4 if callbacks else 8
+    model.fit(X[:14], Y[:14], batch_size, 2, 0, callbacks, shuffle=False)
+    return model.get_weights()
+
+
+def assert_is_the_large_batch(optimizer, *layers):
+    """In windows of two, the last micro-batch of which is smaller."""
+    large = trained(optimizer, layers)
+    micro = trained(optimizer, layers, [GradientAccumulationCallback(2)])
+    for one, other in zip(micro, large, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Penalising(keras.optimizers.SGD):
+    """Adds to the loss."""
+
+    def scale_loss(self, loss):
+        penalty = sum(keras.ops.sum(v**2) for v in self._trainable_variables)
+        return super().scale_loss(loss) + 0.1 * penalty
+
+
+@only_on("tensorflow", "torch", reason="on JAX it sees no weights")
+def test_an_optimizer_may_add_to_the_loss():
+    """Its own terms count once a window, too."""
+
+    assert_is_the_large_batch(Penalising, lambda: keras.layers.Dense(3))
+
+
+@keras.ops.custom_gradient
+def limited(x):
+    """The same, with another gradient."""
+
+    def gradient(*arguments, upstream=None):
+        upstream = arguments[0] if upstream is None else upstream
+        return keras.ops.clip(upstream, -2.0, 2.0)
+
+    return x, gradient
+
+
+class Clipped(keras.layers.Layer):
+    """Limits gradients that means of losses never have."""
+
+    def call(self, inputs):
+        return limited(inputs)
+
+
+def test_equal_micro_batches_are_not_scaled():
+    """A layer that limits gradients sees those of the plain fit."""
+    assert_is_the_large_batch(
+        keras.optimizers.SGD,
+        lambda: keras.layers.Dense(3),
+        Clipped,
+        lambda: keras.layers.Dense(3),
+    )
 
 
 # PyTorch: `backward` adds.
@@ -186,3 +270,22 @@ def test_a_window_of_problems_that_differ_in_weight():
     fit_micro(problem, model)
     assert Session.of(model)._step.weighs_losses
     check(problem)
+
+
+@only_on("torch", reason="two variables of Keras can be one of its tensors")
+def test_a_weight_of_two_layers_is_added_once():
+    """A module of PyTorch that two layers wrap."""
+    import torch
+
+    shared = []
+
+    def first():
+        shared[:] = [torch.nn.Linear(4, 4)]
+        return keras.layers.TorchModuleWrapper(shared[0])
+
+    def second():
+        return keras.layers.TorchModuleWrapper(shared[0])
+
+    assert_is_the_large_batch(
+        keras.optimizers.SGD, first, second, lambda: keras.layers.Dense(3)
+    )

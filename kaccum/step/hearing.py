@@ -145,14 +145,18 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
     """The loss of a step."""
     step, optimizer = recording.step, recording.step.optimizer
     recording.scale = original
-    weight = recording.weight(slice(len(recording.reductions)))
-    if step.weighs_losses and not step.is_mixed:
+    so_far = slice(len(recording.reductions))
+    if step.weighs_losses and not step.is_mixed and is_here(recording):
+        recording.weighs_loss = True
         step.lend_sums()
-        if weight is not None:
-            recording.weighs_loss = True
-            weight = ops.stop_gradient(ops.cast(weight, loss.dtype))
-            return original(loss * weight)
-    if step.is_scaling and weight is not None:
+        weight = recording.weight(so_far)
+        if weight is None:
+            return original(loss)
+        share = ops.stop_gradient(step.sums.share_of(weight))
+        # Of what an optimizer makes of it: a penalty of its own is weighed.
+        loss = original(loss)
+        return loss * ops.cast(share, loss.dtype)
+    if step.is_scaling and recording.weight(so_far) is not None:
         # A part of a batch that is scaled as the whole would overflow earlier.
         step.scales = True
 

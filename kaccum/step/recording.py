@@ -94,7 +94,8 @@ class Recording:
         self.show: Callable[[], dict[str, Any]] = dict
         #: How the step scales its loss.
         self.scale: Callable[[Any], Any] = lambda loss: loss
-        #: Whether it multiplies its loss by the weight, and so its gradients.
+        #: Whether it multiplies its loss by its share of the window, if any,
+        #: and so its gradients.
         self.weighs_loss = False
         # Where the step is now: in a function whose gradient JAX takes; in the
         # losses of `compile`, in so many calls of a loss, of which this is the
@@ -169,10 +170,13 @@ class Recording:
         for call, each in enumerate(self.applied):
             weight = self.weight(each.reductions)
             once = self._regularizers if weight is None else []
+            share = weight
+            if weight is not None and self.step.weighs_losses:
+                share = sums.share_of(weight, kept)
             sums.of_call(call, each.apply).add(
                 each.gradients,
                 each.variables,
-                weight,
+                share,
                 is_weighted=self.weighs_loss,
                 kept=kept,
                 once=once,

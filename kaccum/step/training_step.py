@@ -122,17 +122,29 @@ class TrainingStep:
 
     @functools.cached_property
     def weighs_losses(self) -> bool:
-        """Whether a loss is multiplied by its weight, not its gradients.
+        """Whether a loss may be multiplied by its weight, not its gradients.
 
-        A multiplication less for each weight. Not where that could overflow or
-        round, and not where gradients are no derivatives (scales of float8).
+        A multiplication less for each weight. Not where it would be rounded to
+        half precision, where gradients are no derivatives (scales of float8),
+        where a user's code computes the loss, and not on replicas, which know
+        only their own part of the window.
         """
-        if not self.is_keras_step or self.is_scaling:
+        if not self.adds_losses_up or self.is_scaling or self._has_replicas:
+            return False
+        # (On JAX.)
+        of_loss = "compute_loss_and_updates"
+        if getattr(type(self.model), of_loss, None) is not getattr(
+            keras.Model, of_loss, None
+        ):
             return False
         variables = self.model.trainable_variables
-        dtypes = {each.dtype for each in variables} | {
-            getattr(layer, "compute_dtype", None)
-            for layer in self.model._flatten_layers()
+        dtypes = {
+            *(each.dtype for each in variables),
+            *(getattr(each, "dtype", None) for each in self._losses or []),
+            *(
+                getattr(layer, "compute_dtype", None)
+                for layer in self.model._flatten_layers()
+            ),
         }
         return dtypes.isdisjoint(("float16", "bfloat16")) and not any(
             getattr(each, "overwrite_with_gradient", False)

@@ -10,11 +10,12 @@ import keras
 from keras import ops
 
 from kaccum.backends import SumSpec, backend
-from kaccum.sums.gradients import GradientSums
+from kaccum.sums.gradients import OF_NOTHING, GradientSums
 from kaccum.sums.log_means import LogMean, LogNumber
 from kaccum.sums.moments import LayerMoments, Moments
 from kaccum.sums.noise import GradientAverages
 from kaccum.sums.proportions import Proportions
+from kaccum.sums.totals import chosen
 
 
 class Sums:
@@ -38,6 +39,9 @@ class Sums:
     Where several losses divide by numbers of their own: those of the window's
     first micro-batch, and how far the proportions of others were from theirs,
     `()` each, float32.
+
+    Where losses are weighed: the weight of the window's first micro-batch,
+    `()`, float32.
 
     Under a `LossScaleOptimizer`: by how much the loss of a micro-batch is
     scaled down, `()`, float32.
@@ -71,6 +75,33 @@ class Sums:
         # Zero for not at all.
         self._parts = self._backend.new_sums([SumSpec((), "float32")])
         self._known_parts = 0.0
+        # Zero until the window has one.
+        self._reference = self._backend.new_sums([SumSpec((), "float32")])
+
+    def share_of(self, weight: Any, kept: Any = None) -> Any:
+        """A weight, as a multiple of that of the window's first micro-batch.
+
+        Those of one size have a share of 1: multiplied by it, losses and their
+        gradients are what they were. `OF_NOTHING` stays what it is.
+
+        Args:
+            weight: Scalar.
+            kept: `True`, or a scalar bool: whether the window keeps the
+                micro-batch, if it is to be remembered.
+
+        Returns:
+            Scalar float32 tensor.
+        """
+        (before,) = self._backend.values_of(self._reference)
+        weight = ops.cast(weight, "float32")
+        is_some = ops.greater(ops.abs(weight), OF_NOTHING)
+        is_first = ops.logical_and(is_some, ops.equal(before, 0.0))
+        reference = ops.where(is_first, weight, before)
+        if kept is not None:
+            (held,) = chosen(kept, [reference], [before])
+            self._backend.assign(self._reference, [held])
+        share = ops.divide_no_nan(weight, reference)
+        return ops.where(is_some, share, OF_NOTHING)
 
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
@@ -120,6 +151,7 @@ class Sums:
         return [
             *self._skipped,
             *self._parts,
+            *self._reference,
             *self.lasting,
             *(total for member in self._members for total in member.sums),
             *(self._proportions.sums if self._proportions else []),
@@ -216,6 +248,7 @@ class Sums:
             each.empty(releases=releases)
         for other in [*self._others, *filter(None, [self._proportions])]:
             other.empty()
+        self._backend.empty(self._reference)
 
     def renew(self) -> None:
         """Makes zero what `empty` leaves, after an error: on JAX it is lost."""

@@ -8,12 +8,16 @@ from typing import Any
 
 import jax
 import keras
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from keras.src.trainers.data_adapters import data_adapter_utils
 
 # What `fit` makes of batches that it could not stack, from Keras 3.16 on; there
 # with `steps_per_execution` it stacks as many, along a first axis.
 _Unstacked: Any = getattr(data_adapter_utils, "PartialBatchList", None)
+
+#: Bytes of a batch that are not copied to a device for the sake of a call.
+LARGE = 2**24
 
 
 class Batches:
@@ -115,6 +119,18 @@ def is_on_devices(batch: Any) -> bool:
     """Whether all of a batch is in arrays of JAX."""
     leaves = keras.tree.flatten(batch)
     return all(leaf is None or isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+def can_be_given_whole(batch: Any) -> bool:
+    """Whether a compiled function can get all of a batch, to cut it.
+
+    What is on the host would be copied to the device: not if it is large.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(batch) if leaf is not None]
+    on_host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+    on_devices = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    is_small = sum(leaf.nbytes for leaf in on_host) <= LARGE
+    return is_small and len(on_host) + len(on_devices) == len(leaves)
 
 
 def uses_convolutions(traced: Jaxpr | ClosedJaxpr) -> bool:

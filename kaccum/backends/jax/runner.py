@@ -15,7 +15,7 @@ from kaccum.backends.arrays import Equal, equal_parts
 from kaccum.backends.jax.batches import (
     Batches,
     batch_of,
-    is_on_devices,
+    can_be_given_whole,
     length_of,
     part_of,
     uses_convolutions,
@@ -62,8 +62,10 @@ class JaxRunner(Runner):
         # What the compiled functions get and return, in this order.
         self._sums: list[Sum] = list(step.sums.all)
         self._is_finding = self._has_found = False
-        # Of a step that was found: whether it runs slowly in a loop.
-        self._is_slow_in_loops = False
+        # Of a step that was found: whether it can run in a loop.
+        self._can_loop = False
+        # The shapes of batches whose parts do.
+        self._looped_over: Any = None
         # A `State` while the train function runs.
         self._state: Any = None
         self._before: Any = None
@@ -187,19 +189,18 @@ class JaxRunner(Runner):
         if is_plain:
             return True
         self._find_first(stack, lambda stack: batch_of(stack, 0))
-        return not self._is_slow_in_loops
+        return self._can_loop
 
     def _run_adds(self, stack: Any, start: int, stop: int) -> Any:
         return self._moving(self._adds, (stack, start, stop, self._logs))
 
     def run_parts(self, batch: Any, sizes: list[list[int]]) -> Any:
-        is_cut = len(sizes) > 1
-        if not is_cut or not self._is_compiled or not is_on_devices(batch):
-            return super().run_parts(batch, sizes)
         groups = equal_parts(sizes)
+        if len(groups) == len(sizes) or not self._can_loop_over(batch):
+            return super().run_parts(batch, sizes)
         _, size, _, replicas = groups[0]
         self._find_first(batch, lambda whole: part_of(whole, 0, size, replicas))
-        if self._is_slow_in_loops:
+        if not self._can_loop:
             return super().run_parts(batch, sizes)
         logs = None
         for parts in groups:
@@ -208,6 +209,16 @@ class JaxRunner(Runner):
                 self._parts[parts] = self._compiled(traced, donated=[1])
             logs = self._moving(self._parts[parts], (batch, self._logs))
         return logs
+
+    def _can_loop_over(self, batch: Any) -> bool:
+        """Whether a loop over parts of a batch saves more than it costs."""
+        if not self._is_compiled or not can_be_given_whole(batch):
+            return False
+        # Each length of a batch is compiled anew, and each size of a part.
+        shapes = jax.tree.map(lambda array: array.shape, batch)
+        if self._looped_over is None:
+            self._looped_over = shapes
+        return bool(self._looped_over == shapes)
 
     def _find_first(
         self, data: Any, first_of: Callable[[Any], Any] = lambda data: data
@@ -228,7 +239,10 @@ class JaxRunner(Runner):
         # There XLA leaves convolutions as they are, which on a processor takes
         # ten times as long (JAX 0.10).
         is_on_processor = jax.default_backend() == "cpu"
-        self._is_slow_in_loops = is_on_processor and uses_convolutions(jaxpr)
+        is_slow = is_on_processor and uses_convolutions(jaxpr)
+        # Others may be as long as a micro-batch.
+        are_numbers = all(log.shape == () for log in jax.tree.leaves(logs))
+        self._can_loop = are_numbers and not is_slow
         self._logs = jax.tree.map(
             lambda log: jnp.zeros(log.shape, log.dtype), logs
         )

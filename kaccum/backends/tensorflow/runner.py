@@ -76,31 +76,41 @@ class TensorFlowRunner(AssigningRunner):
             return super().run_parts(batch, sizes)
         logs = None
         with self._looking():
-            for start, size, count, _ in equal_parts(sizes):
-                call = self._compiled_for_parts(size)
-                logs = call((batch, _bounds(start, count)))
+            devices = tuple(_device_of(x) for x in keras.tree.flatten(batch))
+            for start, size, times, _ in equal_parts(sizes):
+                call = self._compiled_for_parts(size, devices)
+                logs = call((batch, _bounds(start, times)))
         return logs
 
-    def _compiled_for_parts(self, size: int) -> Callable[[Any], Any]:
-        key = (self._run_equal.__name__, size)
+    def _compiled_for_parts(
+        self, size: int, devices: tuple[str | None, ...]
+    ) -> Callable[[Any], Any]:
+        key = (self._run_equal.__name__, size, devices)
         if key not in self._calls:
-            run = functools.partial(self._run_equal, size=size)
+            run = functools.partial(self._run_equal, size=size, devices=devices)
             self._calls[key] = CompiledCall(run, knows_sizes=False)
         return self._calls[key]
 
-    def _run_equal(self, batch_and_bounds: Any, size: int) -> Any:
+    def _run_equal(
+        self,
+        batch_and_bounds: Any,
+        size: int,
+        devices: tuple[str | None, ...],
+    ) -> Any:
         """The last one's logs, of some steps on parts of one size."""
         batch, bounds = batch_and_bounds
-        start, count = bounds[0], bounds[1]
+        start, times = bounds[0], bounds[1]
 
         def run(i: Any) -> Any:
-            part = keras.tree.map_structure(
-                lambda leaf: _part_of(leaf, start + i * size, size), batch
-            )
-            return self._run_one(part, False, False)
+            parts = [
+                _part_of(leaf, start + i * size, size, device)
+                for leaf, device in zip(keras.tree.flatten(batch), devices)
+            ]
+            data = keras.tree.pack_sequence_as(batch, parts)
+            return self._run_one(data, False, False)
 
         _, logs = tf.while_loop(
-            lambda i, logs: i < count,
+            lambda i, logs: i < times,
             lambda i, logs: (i + 1, run(i)),
             # The first one tells what logs are like.
             (tf.constant(1), run(0)),
@@ -298,13 +308,20 @@ def _are_tensors(batch: Any) -> bool:
     return all(leaf is None or isinstance(leaf, tf.Tensor) for leaf in leaves)
 
 
-@functools.lru_cache(maxsize=None)
-def _bounds(start: int, count: int) -> tf.Tensor:
-    return tf.constant([start, count])
+def _device_of(leaf: Any) -> str | None:
+    return None if leaf is None else leaf.device
 
 
-def _part_of(leaf: Any, start: Any, size: int) -> Any:
+@functools.lru_cache(maxsize=1024)
+def _bounds(start: int, times: int) -> tf.Tensor:
+    with tf.device("CPU:0"):
+        return tf.constant([start, times])
+
+
+def _part_of(leaf: Any, start: Any, size: int, device: str | None) -> Any:
     if leaf is None:
         return None
-    part = leaf[start : start + size]
-    return tf.ensure_shape(part, [size, *leaf.shape[1:]])
+    # Where it is, else all of it would go to the device that computes.
+    with tf.device(device):
+        part = leaf[start : start + size]
+        return tf.ensure_shape(part, [size, *leaf.shape[1:]])

@@ -15,7 +15,7 @@ from kaccum.backends.runner import Step
 from kaccum.backends.tester import Tester, TestOfParts
 from kaccum.backends.torch.processes import Processes
 from kaccum.backends.torch.runner import TorchRunner, TorchTester, is_on_gpu
-from kaccum.backends.torch.sums import Sum, add
+from kaccum.backends.torch.sums import Sum, add, lend
 
 
 class TorchBackend(Processes):
@@ -32,13 +32,14 @@ class TorchBackend(Processes):
 
     def assign(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):
-            total.value = total.zeros() + value.detach()
+            total.value = total.zeros().copy_(value.detach())
 
     def increase(self, sums: Sequence[Sum], values: Sequence[Any]) -> None:
         for total, value in zip(sums, values):
             if isinstance(value, torch.Tensor):
                 value = value.detach().to(total.device, total.dtype)
-            total.value = total.take() + value
+            held = total.zeros() if total.value is None else total.value
+            total.value = held + value
 
     def add_weighted(
         self, sums: Sequence[Sum], gradients: Sequence[Any], weight: Any
@@ -46,8 +47,7 @@ class TorchBackend(Processes):
         add(sums, gradients, weight)
 
     def lend(self, sums: Sequence[Sum]) -> None:
-        for total in sums:
-            total.lend()
+        lend(sums)
 
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
         for dtype in {tensor.dtype for tensor in tensors}:

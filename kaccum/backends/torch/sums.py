@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +23,10 @@ class Sum:
     def __init__(self, shape: Any, dtype: str, beside: Any) -> None:
         self.shape = tuple(shape)
         self.dtype: torch.dtype = to_torch_dtype(dtype)
-        self._parameter: Any = None if beside is None else beside.value
-        if self._parameter is not None:
-            self.device = self._parameter.device
+        #: The weight, or `None`.
+        self.parameter: Any = None if beside is None else beside.value
+        if self.parameter is not None:
+            self.device = self.parameter.device
         else:
             # The host asks for counts.
             self.device = "cpu" if dtype == "int32" else get_device()
@@ -46,9 +48,9 @@ class Sum:
         return self.zeros() if value is None else value
 
     def lend(self) -> None:
-        """Has `backward` add to it."""
-        if self._parameter is not None:
-            self._parameter.grad = self.value
+        """Has `backward` add to it, unless it has added something already."""
+        if self.parameter is not None and self.parameter.grad is None:
+            self.parameter.grad = self.value
             self._is_lent = True
 
     def take_back(self, gradient: torch.Tensor) -> bool:
@@ -56,26 +58,35 @@ class Sum:
 
         Nobody else is to add to that, or to clear it.
         """
-        if not self._is_lent or gradient.layout != torch.strided:
+        is_lent, self._is_lent = self._is_lent, False
+        if not is_lent or gradient.layout != torch.strided:
             return False
-        self._is_lent = False
-        self.value, self._parameter.grad = gradient, None
+        self.value, self.parameter.grad = gradient, None
         return True
 
     def clear(self) -> None:
         """Makes it hold zeros."""
         if self._is_lent:
-            self._is_lent, self._parameter.grad = False, None
+            self._is_lent, self.parameter.grad = False, None
         self.value = None
+
+
+def lend(sums: Sequence[Sum]) -> None:
+    """Has `backward` add to sums, but for those of a parameter of several."""
+    times = collections.Counter(id(total.parameter) for total in sums)
+    for total in sums:
+        if times[id(total.parameter)] == 1:
+            total.lend()
 
 
 @torch.no_grad()
 def add(sums: Sequence[Sum], gradients: Sequence[Any], weight: Any) -> None:
     """`total += weight * gradient`, for each that was not lent."""
+    is_plain = isinstance(weight, float) and weight == 1.0
     rest = [
         (total, gradient)
         for total, gradient in zip(sums, gradients)
-        if not total.take_back(gradient)
+        if not (is_plain and total.take_back(gradient))
     ]
     if not rest:
         return
