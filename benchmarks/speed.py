@@ -96,6 +96,8 @@ def measure(
         for way in ways:
             if way.is_new:
                 firsts[way.name] = way.first_update()
+            if not network.is_large:
+                way.run()
         seconds = in_turn([*ways, Again(ways[0])], rounds)
         traces = {way.name: way.traces for way in ways}
         for name_of_way, mine in seconds.items():

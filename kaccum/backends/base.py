@@ -207,6 +207,9 @@ class Backend(abc.ABC):
 
     # Traces: functions that a framework records once, to compile them.
 
+    #: Whether it ever does.
+    traces = True
+
     @abc.abstractmethod
     def is_eager(self) -> bool:
         """Whether what is called now is run now."""

@@ -152,10 +152,12 @@ def on_scale_loss(recording: Recording, original: Call, loss: Any) -> Any:
         weight = recording.weight(so_far)
         if weight is None:
             return original(loss)
-        share = ops.stop_gradient(step.sums.share_of(weight))
+        share = step.sums.share_of(weight)
         # Of what an optimizer makes of it: a penalty of its own is weighed.
         loss = original(loss)
-        return loss * ops.cast(share, loss.dtype)
+        if isinstance(share, float):
+            return loss if share == 1.0 else loss * share
+        return loss * ops.stop_gradient(ops.cast(share, loss.dtype))
     if step.is_scaling and recording.weight(so_far) is not None:
         # A part of a batch that is scaled as the whole would overflow earlier.
         step.scales = True

@@ -75,8 +75,10 @@ class Sums:
         # Zero for not at all.
         self._parts = self._backend.new_sums([SumSpec((), "float32")])
         self._known_parts = 0.0
-        # Zero until the window has one.
+        # Zero until the window has one. Where nothing is traced that can be a
+        # number of the host: it is `_first_weight`, which is `None` elsewhere.
         self._reference = self._backend.new_sums([SumSpec((), "float32")])
+        self._first_weight: Any = None if self._backend.traces else 0.0
 
     def share_of(self, weight: Any, kept: Any = None) -> Any:
         """A weight, as a multiple of that of the window's first micro-batch.
@@ -90,18 +92,33 @@ class Sums:
                 micro-batch, if it is to be remembered.
 
         Returns:
-            Scalar float32 tensor.
+            Scalar float32 tensor; a float where nothing is traced, and the
+            weights were floats so far.
         """
-        (before,) = self._backend.values_of(self._reference)
-        weight = ops.cast(weight, "float32")
-        is_some = ops.greater(ops.abs(weight), OF_NOTHING)
-        is_first = ops.logical_and(is_some, ops.equal(before, 0.0))
-        reference = ops.where(is_first, weight, before)
+        before = self._first_weight
+        if before is None:
+            (before,) = self._backend.values_of(self._reference)
+        are_floats = isinstance(weight, float) and isinstance(before, float)
+        if are_floats and (kept is None or kept is True):
+            is_some = abs(weight) > OF_NOTHING
+            first = weight if is_some and before == 0.0 else before
+            share = weight / first if is_some else OF_NOTHING
+        else:
+            weight = ops.cast(weight, "float32")
+            is_some = ops.greater(ops.abs(weight), OF_NOTHING)
+            is_first = ops.logical_and(is_some, ops.equal(before, 0.0))
+            first = ops.where(is_first, weight, before)
+            share = ops.divide_no_nan(weight, first)
+            share = ops.where(is_some, share, OF_NOTHING)
         if kept is not None:
-            (held,) = chosen(kept, [reference], [before])
-            self._backend.assign(self._reference, [held])
-        share = ops.divide_no_nan(weight, reference)
-        return ops.where(is_some, share, OF_NOTHING)
+            self._remember_first(*chosen(kept, [first], [before]))
+        return share
+
+    def _remember_first(self, weight: Any) -> None:
+        if self._first_weight is None:
+            self._backend.assign(self._reference, [weight])
+        else:
+            self._first_weight = weight
 
     def of_call(self, call: int, apply: Callable[..., Any]) -> GradientSums:
         """Those of a call of `apply` in a step, told apart by their order."""
@@ -249,6 +266,8 @@ class Sums:
         for other in [*self._others, *filter(None, [self._proportions])]:
             other.empty()
         self._backend.empty(self._reference)
+        if self._first_weight is not None:
+            self._first_weight = 0.0
 
     def renew(self) -> None:
         """Makes zero what `empty` leaves, after an error: on JAX it is lost."""

@@ -102,6 +102,8 @@ class TorchBackend(Processes):
         # The next `backward` adds to them in place.
         return [g if g is None else g.clone() for g in gradients]
 
+    traces = False
+
     def is_eager(self) -> bool:
         return True
 
