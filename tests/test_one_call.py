@@ -117,6 +117,46 @@ def test_convolutions_are_in_no_loop_on_a_processor(monkeypatch, calls):
     assert len(calls) == 2
 
 
+@only_on("jax", reason="others are not compiled for each length")
+def test_loops_are_of_batches_as_long_as_the_first(calls):
+    """Each length would be compiled: parts of others are called."""
+    model = dense()
+    # Twelve in parts of three, and eight.
+    fit(model, X, 12, 3)
+    assert len(calls) == 1 + 3
+    calls.clear()
+    # Of another fit, too.
+    fit(model, X, 10, 5)
+    assert len(calls) == 2 * 2
+
+
+@only_on("jax", reason="it would copy all of a batch to the device")
+def test_large_batches_of_the_host_are_cut_there(monkeypatch, calls):
+    """Where each part takes the device's memory by itself."""
+    from kaccum.backends.jax import batches
+
+    monkeypatch.setattr(batches, "LARGE", 4)
+    fit(dense(), X, 10, 2)
+    assert len(calls) == 2 * 5
+
+
+@only_on("jax", reason="a loop carries what logs are like")
+def test_logs_that_are_no_numbers_are_in_no_loop(calls):
+    """Those of an own step: their length may be that of a micro-batch."""
+
+    class Showing(keras.Model):
+        def train_step(self, state, data):
+            logs, state = super().train_step(state, data)
+            return {**logs, "first": data[0][:, 0]}, state
+
+    inputs = keras.Input((4,))
+    model = Showing(inputs, keras.layers.Dense(3)(inputs))
+    model.compile("sgd", "mse")
+    # Parts of four, three and three.
+    fit(model, X, 10, 4)
+    assert len(calls) == 2 * 3
+
+
 @only_on("jax", reason="it is asked of what JAX traced")
 def test_convolutions_are_found_inside_of_functions():
     """Of a user's own `jax.jit`, of a gradient, of a loop."""

@@ -192,6 +192,20 @@ def gradients_of():
     return found
 
 
+def lent_to(model, monkeypatch, gradients_of):
+    """What `backward` is to add to, micro-batch by micro-batch."""
+    lent = []
+    real = keras.optimizers.SGD.scale_loss
+
+    def scale_loss(self, loss):
+        # It is called after the sums were lent.
+        lent.append(gradients_of(model))
+        return real(self, loss)
+
+    monkeypatch.setattr(keras.optimizers.SGD, "scale_loss", scale_loss)
+    return lent
+
+
 @only_on("torch", reason="it adds in place")
 def test_the_sums_are_what_backward_adds_to(gradients_of, monkeypatch):
     """There is no copy of them, and no gradient beside them."""
@@ -210,16 +224,8 @@ def test_the_sums_are_what_backward_adds_to(gradients_of, monkeypatch):
     for first, second in zip(seen[::2], seen[1::2], strict=True):
         assert second == [None, None]
         assert all(total is not None for total in first)
-    lent = []
-    real = keras.optimizers.SGD.scale_loss
-
-    def scale_loss(self, loss):
-        lent.append(gradients_of(model))
-        return real(self, loss)
-
-    # It is called after the sums were lent.
-    monkeypatch.setattr(keras.optimizers.SGD, "scale_loss", scale_loss)
     seen.clear()
+    lent = lent_to(model, monkeypatch, gradients_of)
     fit(model, Meddling(look))
     for given, held in zip(lent[1::2], seen[::2], strict=True):
         assert all(g is h for g, h in zip(given, held, strict=True))
@@ -252,14 +258,7 @@ def test_gradients_that_are_looked_at_are_not_lent(
 ):
     """One that may be left out, or is measured, is a tensor of its own."""
     model = small()
-    lent = []
-    real = keras.optimizers.SGD.scale_loss
-
-    def scale_loss(self, loss):
-        lent.append(gradients_of(model))
-        return real(self, loss)
-
-    monkeypatch.setattr(keras.optimizers.SGD, "scale_loss", scale_loss)
+    lent = lent_to(model, monkeypatch, gradients_of)
     fit(model, **{option: True})
     assert len(lent) == 6
     assert all(each == [None, None] for each in lent)

@@ -120,16 +120,21 @@ class TrainingStep:
         """Whether sums beside means are kept apart: their gradients, too."""
         return self.adds_losses_up and self.kinds.are_mixed
 
-    @functools.cached_property
+    @property
     def weighs_losses(self) -> bool:
         """Whether a loss may be multiplied by its weight, not its gradients.
 
-        A multiplication less for each weight. Not where it would be rounded to
-        half precision, where gradients are no derivatives (scales of float8),
-        where a user's code computes the loss, and not on replicas, which know
-        only their own part of the window.
+        A multiplication less for each weight. Not on replicas, which know only
+        their own part of the window: a model may train on some later.
         """
-        if not self.adds_losses_up or self.is_scaling or self._has_replicas:
+        return self._can_weigh_losses and not self._has_replicas
+
+    @functools.cached_property
+    def _can_weigh_losses(self) -> bool:
+        """Not where the weight would be rounded to half precision, where
+        gradients are no derivatives (scales of float8), and where a user's code
+        computes the loss."""
+        if not self.adds_losses_up or self.is_scaling:
             return False
         # (On JAX.)
         of_loss = "compute_loss_and_updates"

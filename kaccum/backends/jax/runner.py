@@ -40,8 +40,7 @@ class Values(Sequence[Any]):
     """Values of variables, as Keras's `fit` holds them between two steps.
 
     It keeps them in an attribute of the model, where it would look at each item
-    of a list at every step: half the time of a step of many small weights
-    (3.15).
+    of a list at every step (3.15).
     """
 
     def __init__(self, values: list[Any]) -> None:
