@@ -110,7 +110,7 @@ def resnet() -> keras.Model:
 
 
 def encoder(blocks: int = 4, width: int = 512) -> keras.Model:
-    """A Transformer encoder, as large as a small BERT: 28.5 M weights.
+    """A Transformer encoder, as large as a small BERT: 28.2 M weights.
 
     Args:
         blocks: How many there are.

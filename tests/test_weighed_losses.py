@@ -45,6 +45,14 @@ def small(kind=keras.Sequential, policy="float32", optimizer="sgd", loss="mse"):
     return model
 
 
+def quantized():
+    """One that computes in float8."""
+    model = small()
+    model.quantize("float8")
+    model.compile("sgd", "mse")
+    return model
+
+
 def scaling():
     """An optimizer that scales losses."""
     inner = keras.optimizers.SGD()
@@ -70,6 +78,8 @@ def fit(model, *more, **options):
         # What a user's step does with its loss is not known.
         (lambda: small(Own), False),
         (lambda: small(OwnLoss), False),
+        # Its "gradients" are scales of gradients, which it would scale.
+        (quantized, False),
         (lambda: small(loss=keras.losses.MeanSquaredError(dtype=HALF)), False),
     ],
     ids=[
@@ -81,6 +91,7 @@ def fit(model, *more, **options):
         "scales",
         "own step",
         "own loss",
+        "float8",
         "half loss",
     ],
 )

@@ -58,10 +58,7 @@ class Arithmetic(Replicas):
         self, sums: Sequence[tf.Variable], gradients: Sequence[Any], weight: Any
     ) -> None:
         for total, gradient in zip(sums, gradients):
-            if isinstance(weight, float) and weight == 1.0:
-                _add(total, gradient)
-            else:
-                _add_weighted(total, gradient, tf.cast(weight, total.dtype))
+            _add_weighted(total, gradient, weight)
 
     def divided(self, tensors: Sequence[Any], by: Any) -> list[Any]:
         def share(dtype: Any) -> Any:
@@ -243,29 +240,21 @@ def _release(total: tf.Variable) -> list[tf.Operation]:
     return _assign(total, nothing)
 
 
-def _add(total: tf.Variable, gradient: Any) -> None:
-    if isinstance(gradient, tf.IndexedSlices):
-        values = tf.cast(gradient.values, total.dtype)
-        tf.raw_ops.ResourceScatterAdd(
-            resource=total.handle, indices=gradient.indices, updates=values
-        )
-    else:
-        tf.raw_ops.AssignAddVariableOp(
-            resource=total.handle, value=tf.cast(gradient, total.dtype)
-        )
-
-
 def _add_weighted(total: tf.Variable, gradient: Any, weight: Any) -> None:
+    is_plain = isinstance(weight, float) and weight == 1.0
+    weight = tf.cast(weight, total.dtype)
+    values = tf.cast(_values(gradient), total.dtype)
     if isinstance(gradient, tf.IndexedSlices):
-        values = weight * tf.cast(gradient.values, total.dtype)
         tf.raw_ops.ResourceScatterAdd(
-            resource=total.handle, indices=gradient.indices, updates=values
+            resource=total.handle,
+            indices=gradient.indices,
+            updates=values if is_plain else weight * values,
         )
+    elif is_plain:
+        tf.raw_ops.AssignAddVariableOp(resource=total.handle, value=values)
     else:
         tf.raw_ops.ResourceApplyGradientDescent(
-            var=total.handle,
-            alpha=-weight,
-            delta=tf.cast(gradient, total.dtype),
+            var=total.handle, alpha=-weight, delta=values
         )
 
 
