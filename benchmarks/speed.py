@@ -118,6 +118,24 @@ def measure(
             )
 
 
+def cases(
+    names: Sequence[str] | None, *, is_quick: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """What is measured: networks, and whether XLA compiles them.
+
+    Args:
+        names: Of `NETWORKS`. None stands for what ten minutes are enough for.
+        is_quick: Whether to leave XLA out where there is both.
+    """
+    kinds = KINDS[BACKEND][: 1 if is_quick else None]
+    for name in NETWORKS if names is None else names:
+        network = NETWORKS[name]
+        for is_xla in kinds:
+            is_slow = network.is_slow_with_xla and is_xla and len(kinds) > 1
+            if names is not None or not (network.is_large or is_slow):
+                yield name, is_xla
+
+
 def missed(rows: Sequence[Row]) -> list[str]:
     """The targets that kaccum misses."""
     least = {row[:3]: row.to_keras for row in rows if row.way == BARE}
@@ -223,7 +241,9 @@ def plot(rows: list[Row], path: str) -> None:
     for axes, (is_xla, name) in zip(
         grid.flat, [(k, n) for k in kinds for n in networks]
     ):
-        for way in WAYS:
+        has_rows = any((row.network, row.xla) == (name, is_xla) for row in rows)
+        axes.set_visible(has_rows)
+        for way in WAYS if has_rows else ():
             mine = sorted(
                 (row.window, row.milliseconds)
                 for row in rows
@@ -248,7 +268,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 where something is slower than `--check` allows, or a target is
         missed and `--targets` is given.
     """
-    small = [name for name, each in NETWORKS.items() if not each.is_large]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__
     )
@@ -258,8 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--networks",
         nargs="*",
         choices=NETWORKS,
-        default=small,
-        help="without it those that compile in seconds",
+        help="by default what ten minutes are enough for",
     )
     add("--windows", nargs="*", type=int, default=[8], help="micro-batches")
     add("--rounds", type=int, default=3)
@@ -276,11 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.machine())
     print(HEAD)
     rows: list[Row] = []
-    for name in options.networks:
-        for is_xla in KINDS[BACKEND][: 1 if options.quick else None]:
-            for row in measure(name, is_xla, options.windows, options.rounds):
-                rows.append(row)
-                print(line(row), flush=True)
+    for case in cases(options.networks, is_quick=options.quick):
+        for row in measure(*case, options.windows, options.rounds):
+            rows.append(row)
+            print(line(row), flush=True)
     print(f"noise: the same fit twice differs by up to {noise(rows):.0%}")
     if options.csv:
         report.write(rows, options.csv)

@@ -84,6 +84,19 @@ CASE = "tiny, no XLA, window of 8, steps: 1.10 of a plain fit"
 SLOWER = f"{CASE}, 1.00 before"
 
 
+def test_what_compiles_for_minutes_is_measured_where_it_is_asked_for():
+    """By default there are the others; by name there is each in each mode."""
+    kinds = KINDS[BACKEND]
+    default = list(speed.cases(None))
+    assert not {"ResNet50", "encoder"} & {name for name, _ in default}
+    slow = ("200 variables", True) in default
+    assert slow == (kinds == (True,))
+    for name in speed.NETWORKS:
+        asked = list(speed.cases([name]))
+        assert asked == [(name, is_xla) for is_xla in kinds]
+        assert list(speed.cases([name], is_quick=True)) == asked[:1]
+
+
 def measured(to_plain, again):
     """Rows of one case: kaccum's, and the plain fit's second."""
     ratios = {PLAIN: 1.0, STEPS: to_plain, BARE: 1.0, AGAIN: again}
