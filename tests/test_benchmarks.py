@@ -97,13 +97,15 @@ def test_what_compiles_for_minutes_is_measured_where_it_is_asked_for():
         assert list(speed.cases([name], is_quick=True)) == asked[:1]
 
 
-def measured(to_plain, again):
+def measured(ratio, again, **others):
     """Rows of one case: kaccum's, and the plain fit's second."""
-    ratios = {PLAIN: 1.0, STEPS: to_plain, BARE: 1.0, AGAIN: again}
-    return [
-        speed.Row("tiny", False, 8, way, 1.0, ratio, 1.0, 1.0, 1.0, 1.0, 1, 0)
+    ratios = {PLAIN: 1.0, STEPS: ratio, BARE: 1.0, AGAIN: again}
+    rows = [
+        speed.Row("tiny", False, 8, way, 1.0, *[ratio] * 4, 1.0, 1, 0)
         for way, ratio in ratios.items()
     ]
+    rows[1] = rows[1]._replace(**others)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,11 @@ def measured(to_plain, again):
         (measured(1.0, 0.89), measured(1.1, 1.0), None),
         (measured(1.0, 1.02), measured(1.1, 0.98), SLOWER),
         (measured(1.0, 1.0), measured(0.9, 1.0), None),
+        # What another way's time may be.
+        *[
+            (measured(1.0, 1.0), measured(1.1, 1.0, **{other: 1.0}), None)
+            for other in ("to_plain", "to_keras", "to_bare", "to_large")
+        ],
         # What cannot tell.
         (
             measured(1.0, 1.0),
