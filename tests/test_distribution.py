@@ -161,13 +161,13 @@ def train(problem, process, folder):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """As the README says for two machines, over the loopback address."""
+    """As the page says for two machines, over the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     (start,) = [
         example
-        for mark, example in examples_of("README")
+        for mark, example in examples_of("devices")
         if mark == "on two machines"
     ]
     assert "10.0.0.1:1234" in start
