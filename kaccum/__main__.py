@@ -33,8 +33,8 @@ LARGE, KACCUM, KERAS = "large batch", "kaccum", "Keras's own"
 WEIGHTS = {digit: 4.0 if digit >= 8 else 1.0 for digit in range(10)}
 #: Why the third run is another one, and when it is not.
 FAIR = (
-    "Keras's own steps the schedule with each micro-batch, so the learning rate "
-    "is zero after 1/{steps} of the run, and it takes a mean of the "
+    "Keras's own steps the schedule with each micro-batch, so the learning "
+    "rate is zero after 1/{steps} of the run, and it takes a mean of the "
     "micro-batches' weighted means. With a constant rate, equal weights and "
     "batches that --steps divides it is the large batch, too."
 )

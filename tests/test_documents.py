@@ -67,6 +67,14 @@ def test_the_readmes_program_prints_what_it_says():
     assert line.startswith(output[:2])
 
 
+@pytest.mark.parametrize("number", range(len(examples_of("README"))))
+def test_each_program_of_the_readme_runs_by_itself(number):
+    """As it is pasted, with nothing before it."""
+    mark, program = examples_of("README")[number]
+    assert not mark
+    run(textwrap.dedent(program))
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if examples_of(p)])
 def test_every_example_of_a_page_runs(page, tmp_path):
     """One after the other, but those of another backend or library."""
