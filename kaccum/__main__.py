@@ -36,7 +36,7 @@ FAIR = (
     "Keras's own steps the schedule with each micro-batch, so the learning "
     "rate is zero after 1/{steps} of the run, and it takes a mean of the "
     "micro-batches' weighted means. With a constant rate, equal weights and "
-    "batches that --steps divides it is the large batch, too."
+    "epochs of whole windows it is the large batch, too."
 )
 
 
@@ -126,7 +126,7 @@ def build_compiled_model(name: str, options: argparse.Namespace) -> keras.Model:
     )
     if name == KERAS and options.steps > 1:
         config["gradient_accumulation_steps"] = options.steps
-    optimizer = type(optimizer)(**config)
+    optimizer = type(optimizer).from_config(config)
     optimizer.build(model.trainable_variables)
     model.compile(
         optimizer=optimizer,
