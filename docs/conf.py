@@ -1,14 +1,32 @@
 """How Sphinx builds the documentation."""
 
+import pathlib
 import re
+import shutil
 import textwrap
 
+import kaccum
+
+HERE = pathlib.Path(__file__).parent
 project = "kaccum"
 copyright = "the kaccum authors"
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+version = release = kaccum.__version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["build"]
 html_theme = "furo"
-html_title = "kaccum"
+html_title = f"kaccum {version}"
+html_static_path = ["_static"]
+html_css_files = ["kaccum.css"]
+# A notebook is shown with the outputs that it is stored with.
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath"]
+# The button copies what is typed, and no output.
+copybutton_selector = "div.highlight-python pre, div.highlight-ipython3 pre, div.highlight-default pre"
 # Docstrings are written as Keras's: `code` in single backticks.
 default_role = "code"
 autodoc_typehints = "none"
@@ -34,7 +52,18 @@ def fences_to_blocks(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def bring_notebooks(app):
+    """Copies them to where Sphinx looks for pages."""
+    shutil.copytree(
+        HERE.parent / "notebooks",
+        HERE / "notebooks",
+        ignore=shutil.ignore_patterns(".*"),
+        dirs_exist_ok=True,
+    )
+
+
 def setup(app):
+    app.connect("builder-inited", bring_notebooks)
     app.connect("include-read", from_the_readme)
     # Before napoleon reads the sections.
     app.connect("autodoc-process-docstring", fences_to_blocks, priority=100)
