@@ -26,13 +26,17 @@ html_css_files = ["kaccum.css"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
 # The button copies what is typed, and no output.
-copybutton_selector = "div.highlight-python pre, div.highlight-ipython3 pre, div.highlight-default pre"
+copybutton_selector = ", ".join(
+    f"div.highlight-{kind} pre" for kind in ("python", "ipython3", "default")
+)
 # Docstrings are written as Keras's: `code` in single backticks.
 default_role = "code"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 nitpicky = True
+# TensorFlow has no pages that Sphinx could link to.
+nitpick_ignore = [("py:exc", "tf.errors.InvalidArgumentError")]
 smartquotes = False
 
 

@@ -6,19 +6,22 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
 from kaccum.backends import backend
-from kaccum.checks import Weight, check_model, check_weight
+from kaccum.checks import check_model, check_weight
 from kaccum.fit.session import Session, is_plain_fit
 from kaccum.fit.window import Window, checked_steps
 from kaccum.step.training_step import Options
 
 
 def accumulate(
-    model: keras.Model, steps: int, *, weight: Weight = None
+    model: keras.Model,
+    steps: int,
+    *,
+    weight: Literal["sum"] | Callable[[Any, Any, Any], Any] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
     """Makes `model.train_on_batch` accumulate inside a `with` block.
 
@@ -38,14 +41,14 @@ def accumulate(
         weight: As of `GradientAccumulationCallback`.
 
     Raises:
-        TypeError: If `steps` is not an integer, `model` no model, or `weight`
-            neither "sum" nor a function.
-        ValueError: If `steps` is below 1, the model is not compiled, has no
-            optimizer, or one with `gradient_accumulation_steps`.
-        RuntimeError: If the model accumulates already or fits inside the
-            block, Keras runs on another backend than TensorFlow, JAX or
-            PyTorch, or the model's `tf.distribute` strategy is not supported.
-            In the first step as `GradientAccumulationCallback`.
+        TypeError: If an argument is of another type.
+        ValueError: If `steps` is below 1.
+        ValueError: If the model is not compiled, or has no optimizer.
+        ValueError: If the optimizer has `gradient_accumulation_steps` of its
+            own.
+        RuntimeError: If the model accumulates already, or fits in the block.
+        RuntimeError: If the model's `train_step` or its strategy is one that
+            cannot be accumulated exactly.
 
     Example:
 

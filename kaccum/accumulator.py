@@ -45,8 +45,8 @@ class GradientAccumulator:
     Raises:
         TypeError: If `optimizer` is none of Keras's.
         ValueError: If it has `gradient_accumulation_steps` of its own.
-        RuntimeError: If Keras runs on another backend than TensorFlow, JAX or
-            PyTorch; if there is a `process_group` on another one than PyTorch.
+        RuntimeError: If there is a `process_group` on another backend than
+            PyTorch.
 
     Example:
 
@@ -113,12 +113,13 @@ class GradientAccumulator:
 
         Raises:
             TypeError: If gradients and variables are swapped.
-            ValueError: If there are more or fewer gradients than variables, one
-                has another shape than its variable, the optimizer does not know
-                a variable, or a `weight` of `None` follows another.
+            ValueError: If there are more or fewer gradients than variables.
+            ValueError: If a gradient has another shape than its variable.
+            ValueError: If the optimizer does not know a variable.
+            ValueError: If a `weight` of `None` follows another one.
+            RuntimeError: Inside of what JAX traces.
             RuntimeError: If a variable is to be overwritten by its gradient (a
-                scale of float8), under a strategy of several replicas; inside
-                of what JAX traces.
+                scale of float8), under a strategy of several replicas.
         """
         backend().check_add()
         kept = True if where is None else where
@@ -131,9 +132,9 @@ class GradientAccumulator:
         """Makes one update of the window's gradient and empties the sums.
 
         Raises:
-            RuntimeError: If nothing was added since the last update. What is
-                compiled raises `tf.errors.InvalidArgumentError` (under XLA it
-                checks nothing).
+            RuntimeError: If nothing was added since the last update.
+            tf.errors.InvalidArgumentError: For the same, in what TensorFlow
+                compiles (under XLA it checks nothing).
         """
         backend().check_add()
         with patched(self._patches), backend().together(self._meeting):

@@ -11,7 +11,6 @@ import keras
 from kaccum import callers
 from kaccum.backends import backend
 from kaccum.checks import (
-    Weight,
     check_calls,
     check_flag,
     check_model,
@@ -34,7 +33,7 @@ from kaccum.fit.plan import (
     warn_of_mistakes,
 )
 from kaccum.fit.session import Session, is_plain_fit
-from kaccum.fit.window import Schedule, Steps, Window, check_by
+from kaccum.fit.window import Schedule, Window, check_by
 from kaccum.step.training_step import Options
 from kaccum.sums.noise import NOTHING, GradientNoise
 
@@ -42,101 +41,46 @@ from kaccum.sums.noise import NOTHING, GradientNoise
 class GradientAccumulationCallback(keras.callbacks.Callback):
     """Trains as with a large batch, in the memory of a small one.
 
-    Gradients of micro-batches are added up; after a window of them the
-    optimizer makes one update with the gradient of their union. Weights,
-    optimizer variables, the number of updates and the history equal those of
-    the large-batch fit, to rounding.
-
-    With `steps`, each batch that `fit` takes from the data is a micro-batch,
-    and an epoch's last window may be shorter; it is scaled by its own size.
-    With `micro_batch_size`, each batch is a window, which is cut.
-
-    Under a `tf.distribute.MirroredStrategy`, or a `keras.distribution` on JAX,
-    it is the large batch of a single device, too. Replicas of a strategy keep
-    sums of their own, which are added up once an update.
-
-    Unless `verbose=0`, a fit says in one line how examples are cut. It warns,
-    once, of what it does else than the large batch: losses that are neither a
-    mean nor a sum over examples (they are measured in the first fit of a
-    model), outputs whose denominators are not in proportion, state that moves
-    once a micro-batch; and of arguments that are seldom meant.
+    Adds up the gradients of some micro-batches, the window, and has the
+    optimizer make one update of them. Weights, optimizer variables, the number
+    of updates and the history equal those of the large-batch fit, to rounding.
+    Unless `verbose=0`, a fit says in one line how it cuts the examples. It
+    warns of whatever it does else than the large batch.
 
     Args:
-        steps: How many batches make one update: int >= 1; a dict of them by
-            first epoch, as `{0: 1, 5: 4}`; or a function of the epoch (an int,
-            from 0 on) that returns one. 1 is a plain fit, but with another
-            argument that a plain fit knows nothing of.
-        by: "epoch"; or "update", if the keys of the dict, and what the function
-            is called with, are numbers of updates that the optimizer has made
-            (its `iterations`, those of earlier fits, too). The length of a
-            window is fixed when it opens. With `steps_per_execution`, all
-            windows of an execution count as updates until it is over.
-        micro_batch_size: How many examples a micro-batch has at most: int >= 1,
-            or "auto". A batch is cut into as few micro-batches as that needs,
-            as equal as possible; each device that has a part of it cuts that.
-            "auto" starts with the whole batch; when memory runs out it takes
-            back all that the attempt changed in Keras variables, halves the
-            size and trains on the same batch again. It keeps the size for the
-            rest of this fit, and for the next ones of the same model, and
-            prints it. Validation inside of `fit` is cut, too, with the results
-            of whole batches; "auto" halves by itself there.
-        skip_nonfinite: Whether to leave a micro-batch with a NaN or infinite
-            gradient out of its window, as if it had never come: its gradient,
-            its metrics, and all else that the step assigned (Keras variables,
-            say moving averages). A window of nothing but such micro-batches
-            makes no update. The log of each epoch gets an entry
-            `skipped_micro_batches`.
-        weight: "sum", if the loss is a sum over the batch; or a function of
-            `(x, y, sample_weight)` that returns what a micro-batch's mean loss
-            divides by, a scalar (its number of tokens that count, say). By
-            default it is heard and measured in Keras's losses: this is for a
-            loss or a `train_step` of your own that hides it.
-        whole_batch_loss: Whether the loss is computed of the whole window, for
-            losses that are neither a mean nor a sum over examples: contrastive
-            ones, Dice, outputs with different masks. Each micro-batch runs
-            forward twice; the outputs of the window are kept in memory. The log
-            is that of whole windows, and stands still inside of one.
-        log_gradients: Whether each epoch's log has `gradient_norm`, the norm of
-            the window's gradient as the optimizer gets it, before it clips,
-            mean over the epoch's updates; and `noise_scale`, the gradient noise
-            scale, in examples, of the last 100 updates or so (McCandlish et al.
-            2018, arXiv:1812.06162, appendix A). It is NaN where micro-batches
-            tell none: if the epoch had windows of one only, with
-            `whole_batch_loss`, where one loss is a mean and another one a sum,
-            or where the estimate of the gradient's signal is not positive. See
-            `gradients`.
-        on_update: Function called with the number of updates (int) that this
-            fit made so far, after each one. With `steps_per_execution` it is
-            called after each execution, once for each update in it.
+        steps: How many batches of `fit` make one update: an int >= 1, a dict of
+            them by first epoch, as `{0: 1, 5: 4}`, or a function of the epoch.
+        by: "epoch"; or "update", if the keys of the dict, or what the function
+            is called with, are numbers of updates (the optimizer's).
+        micro_batch_size: Instead of `steps`: how many examples a micro-batch
+            has at most, an int >= 1. Each batch of `fit` is a window, and is
+            cut. "auto" starts with whole batches, and halves the size whenever
+            memory runs out.
+        skip_nonfinite: Whether to leave out a micro-batch whose gradient has a
+            NaN or an infinity. Logs `skipped_micro_batches`.
+        weight: What the loss of a micro-batch divides by, if a loss or a
+            `train_step` of your own hides it: "sum" for nothing, or a function
+            of `(x, y, sample_weight)` that returns a scalar.
+        whole_batch_loss: Whether the loss is that of the whole window: for
+            losses that compare examples, or divide sums over the batch. Each
+            micro-batch then runs forward twice.
+        log_gradients: Whether to log `gradient_norm` and `noise_scale`, the
+            gradient noise scale in examples (McCandlish et al. 2018,
+            arXiv:1812.06162, appendix A).
+        on_update: Function called after each update, with how many of them (an
+            int) this fit has made.
 
     Raises:
-        TypeError: If an argument is of another type, or a function that takes
-            other arguments; at the start of an epoch, if the function `steps`
-            returns something else than an integer.
+        TypeError: If an argument is of another type.
         ValueError: If not exactly one of `steps` and `micro_batch_size` is
-            given, either is below 1, `steps` is a dict without epoch (or
-            update) 0, `micro_batch_size` another string than "auto", or `by`
-            another one than "epoch" and "update"; if `by="update"` is given
-            with an int, or without `steps`. When
-            `fit` starts: if the model has no optimizer, or one with
-            `gradient_accumulation_steps`, or, with `skip_nonfinite`, a
-            `LossScaleOptimizer`, or, with `whole_batch_loss`, a `train_step`
-            of its own. With `whole_batch_loss`: if `weight` or `skip_nonfinite`
-            is given, too; in the first step, if outputs have not the examples
-            along their first axis. At the start of an epoch: if the function
-            `steps` returns less than 1. In the first step: if `weight` returns
-            no scalar, or some losses are means and others sums in a
-            `train_step` or `compute_loss` of the model's own.
-        RuntimeError: When `fit` starts: if another callback accumulates
-            already, the hook is called outside of the `fit` of its model, the
-            model's `tf.distribute` strategy is neither a `MirroredStrategy` nor
-            a `OneDeviceStrategy`, or XLA would compile several replicas; if
-            there are several, with `whole_batch_loss`. In the
-            first step: if the model's `train_step` never applies gradients,
-            does so inside of a `tf.function` or `jax.jit` of its own, or
-            applies some by another optimizer. In a callback that calls `fit` on
-            the same model. At once: if Keras runs on another backend than
-            TensorFlow, JAX or PyTorch.
+            given.
+        ValueError: If an argument has another value, or excludes another one.
+        ValueError: In `fit`, if the optimizer has
+            `gradient_accumulation_steps` of its own.
+        ValueError: In `fit`, if `steps` or `weight` returns another value.
+        RuntimeError: In `fit`, if another callback accumulates, too.
+        RuntimeError: In `fit`, if the model's `train_step` or its strategy is
+            one that cannot be accumulated exactly.
 
     Example:
 
@@ -156,15 +100,15 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        steps: Steps | None = None,
+        steps: int | dict[int, int] | Callable[[int], int] | None = None,
         *,
         by: Literal["epoch", "update"] = "epoch",
         micro_batch_size: int | Literal["auto"] | None = None,
         skip_nonfinite: bool = False,
-        weight: Weight = None,
+        weight: Literal["sum"] | Callable[[Any, Any, Any], Any] | None = None,
         whole_batch_loss: bool = False,
         log_gradients: bool = False,
-        on_update: Callable[[int], Any] | None = None,
+        on_update: Callable[[int], object] | None = None,
     ) -> None:
         super().__init__()
         backend()
@@ -208,7 +152,7 @@ class GradientAccumulationCallback(keras.callbacks.Callback):
         self._model_of_size: Any = None
 
     @property
-    def micro_batch_size(self) -> int | str | None:
+    def micro_batch_size(self) -> int | Literal["auto"] | None:
         """The most examples of a micro-batch; "auto" until that is known.
 
         `None` where `steps` was given.

@@ -295,8 +295,8 @@ def assert_same_fit(
 
     Raises:
         AssertionError: If the fits differ by more than rounding.
-        ValueError: If `build` returns other weights each time, or the same
-            model; if there are fewer examples than `run` has.
+        ValueError: If `build` returns the same model, or other weights.
+        ValueError: If there are fewer examples than `run` has.
 
     Example:
 

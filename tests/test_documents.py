@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -158,6 +159,13 @@ def test_the_docstrings_example_prints_what_it_says(documented):
     assert run(program).splitlines()[-1] == expected
 
 
+def test_help_on_the_callback_fits_two_screens():
+    """What is kaccum's of it: Keras's own methods come after."""
+    text = pydoc.plain(pydoc.render_doc(GradientAccumulationCallback))
+    ours, _ = text.split("Methods inherited")
+    assert len(ours.splitlines()) <= 2 * 60
+
+
 def test_every_test_that_a_page_names_exists():
     """Each law names its test."""
     names = re.findall(r"``(test_\w+)``", "".join(PAGES.values()))
@@ -267,6 +275,15 @@ def test_the_main_job_cuts_large_batches(size, capsys):
     printed = capsys.readouterr().out
     assert "kaccum's run is the large-batch run" in printed
     assert ("fit in memory" in printed) == (size == "auto")
+
+
+@needs_demo
+def test_the_main_job_begins_with_a_title(capsys):
+    """Apart from what a framework writes above it of how it started."""
+    assert __main__.main(["--epochs", "1"]) == 0
+    empty, title, line, device, *_ = capsys.readouterr().out.splitlines()
+    assert (empty, title) == ("", __main__.TITLE)
+    assert line == "=" * len(title) and device.startswith("device: ")
 
 
 @nightly

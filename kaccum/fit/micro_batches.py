@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any, Final, Literal, Union
 
 from kaccum.backends import Runner, Tester, backend
 from kaccum.checks import checked_integer, received
 from kaccum.fit.plan import say
 
-AUTO = "auto"
+AUTO: Final = "auto"
 
 
 class MicroBatchSize:
@@ -42,7 +42,7 @@ class MicroBatchSize:
         self.verbose: Any = 1
 
     @property
-    def size(self) -> int | str:
+    def size(self) -> int | Literal["auto"]:
         """int, or "auto" as long as no batch went through."""
         known = self._found if self.is_auto else self._most
         return AUTO if known is None else known
