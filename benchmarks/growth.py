@@ -22,6 +22,11 @@ GROWTH_WAYS = (PLAIN, KERAS, STEPS, CUT, BARE)
 VARIABLES = "variables, window of 8"
 WINDOW = "micro-batches in a window"
 WEIGHTS = "million weights, window of 8"
+TITLES = {
+    VARIABLES: "More variables: linear",
+    WINDOW: "Longer windows: less",
+    WEIGHTS: "More weights: linear",
+}
 
 
 class Row(NamedTuple):
@@ -67,7 +72,8 @@ def plot(rows: list[Row], path: str) -> None:
                 label=way,
                 **report.STYLES[way],
             )
-        axes.set(xlabel=axis, xscale="log", yscale="log")
+        title = TITLES[axis]
+        axes.set(title=title, xlabel=axis, xscale="log", yscale="log")
     grid[0, 0].set_ylabel("time of a micro-batch (ms)")
     report.save(figure, path)
 

@@ -114,7 +114,11 @@ def plot(rows: list[Row], path: str) -> None:
         axes.plot(epochs, runs.mean(axis=0), label=name, **style)
         low, high = runs.min(axis=0), runs.max(axis=0)
         axes.fill_between(epochs, low, high, alpha=0.15, color=style["color"])
-    axes.set(xlabel="epoch", ylabel="validation accuracy")
+    axes.set(
+        title="kaccum's accuracy rises with the large batch's",
+        xlabel="epoch",
+        ylabel="validation accuracy",
+    )
     axes.set_xticks(epochs[:: max(1, len(epochs) // 10)])
     report.save(figure, path)
 
