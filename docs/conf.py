@@ -24,6 +24,7 @@ html_static_path = ["_static"]
 html_css_files = ["kaccum.css"]
 # A notebook is shown with the outputs that it is stored with.
 nb_execution_mode = "off"
+nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
 # The button copies what is typed, and no output.
 copybutton_selector = ", ".join(

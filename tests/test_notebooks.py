@@ -34,9 +34,28 @@ def test_a_notebook_is_stored_with_what_it_shows(path):
     }
     assert all(output.get("name") != "stderr" for output in outputs)
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
-    assert pictures >= 2 or path.stem == "03-property-tests"
+    assert pictures >= 2
     checks = "\n".join(cell.source for cell in cells).count("\nassert ")
     assert checks >= 3
+
+
+@each_notebook
+def test_a_notebook_soon_has_a_picture(path):
+    """Nobody reads a hundred lines before the first one."""
+    lines = 0
+    for cell in notebooks.programs(notebooks.read(path)):
+        lines += len(cell.source.splitlines())
+        if "plt.show()" in cell.source:
+            break
+    assert lines < 100
+
+
+@each_notebook
+def test_pictures_have_titles(path):
+    """Of what is drawn by axes, or of the figure."""
+    for cell in notebooks.programs(notebooks.read(path)):
+        if "plt.show()" in cell.source:
+            assert "title" in cell.source
 
 
 def test_a_notebook_that_changed_is_not_as_stored(monkeypatch, tmp_path):
@@ -57,6 +76,6 @@ def test_a_notebook_that_changed_is_not_as_stored(monkeypatch, tmp_path):
 def test_there_are_notebooks():
     """And the README names each."""
     names = [path.stem for path in notebooks.NOTEBOOKS]
-    assert len(names) == 6
+    assert len(names) == 7
     readme = (ROOT / "README.rst").read_text()
     assert [name for name in names if f"``{name}``" not in readme] == []
