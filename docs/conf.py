@@ -44,7 +44,9 @@ smartquotes = False
 def from_the_readme(app, path, parent, content):
     """What the README names, from the folder that includes it."""
     text = content[0].replace(":: benchmarks/", ":: ../benchmarks/")
-    content[0] = re.sub(r"``docs/([\w-]+)\.rst``", r":doc:`\1`", text)
+    text = re.sub(r"<docs/([\w-]+)\.rst>`__", r"<\1>`", text)
+    text = re.sub(r"<(notebooks/[\w-]+)\.ipynb>`__", r"<\1>`", text)
+    content[0] = re.sub(r"`([^`<]+<[\w/-]+>`)", r":doc:`\1", text)
 
 
 def fences_to_blocks(app, what, name, obj, options, lines):

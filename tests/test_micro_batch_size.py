@@ -548,8 +548,8 @@ def test_the_size_is_remembered(capsys):
     assert Hungry.seen[:3] == [10, 5, 3]
     assert max(Hungry.seen[3:]) == 3
     told = [
-        "kaccum: 10 examples an update = the largest micro-batches that fit in "
-        "memory; 5 updates an epoch, the last of 5 examples.",
+        "kaccum: 10 examples an update, in the largest micro-batches that fit "
+        "in memory; 5 updates an epoch, the last of 5 examples.",
         "kaccum: no memory for 10 examples; trying micro-batches of 5.",
         "kaccum: no memory for 5 examples; trying micro-batches of 3.",
         "kaccum: micro-batches of 3 examples fit in memory.",

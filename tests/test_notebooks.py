@@ -78,4 +78,5 @@ def test_there_are_notebooks():
     names = [path.stem for path in notebooks.NOTEBOOKS]
     assert len(names) == 7
     readme = (ROOT / "README.rst").read_text()
-    assert [name for name in names if f"``{name}``" not in readme] == []
+    links = [f"<notebooks/{name}.ipynb>`__" for name in names]
+    assert [link for link in links if link not in readme] == []

@@ -96,8 +96,28 @@ class Own(keras.Model):
         ),
         (
             line_of_size("auto", Data(29, 64, 64)),
-            "64 examples an update = the largest micro-batches that fit in "
+            "64 examples an update, in the largest micro-batches that fit in "
             "memory; 29 updates an epoch.",
+        ),
+        (
+            line_of_steps(4, Data(8, 16, 16, devices=2)),
+            "64 examples an update = 4 micro-batches of 16, each shared by 2 "
+            "devices; 2 updates an epoch.",
+        ),
+        (
+            line_of_size(8, Data(2, 64, 64, devices=2)),
+            "64 examples an update = 4 micro-batches of 8 on each of 2 "
+            "devices; 2 updates an epoch.",
+        ),
+        (
+            line_of_size(8, Data(2, 63, 63, devices=2)),
+            "63 examples an update = 4 micro-batches of 8 at most on each of 2 "
+            "devices; 2 updates an epoch.",
+        ),
+        (
+            line_of_size("auto", Data(2, 64, 64, devices=2)),
+            "64 examples an update, in the largest micro-batches that fit in "
+            "memory on each of 2 devices; 2 updates an epoch.",
         ),
         (
             line_of_size(8, Data()),

@@ -728,14 +728,17 @@ def counting_model(replicas):
         (1, 1, 2, [[1], [0]]),
     ],
 )
-def test_the_same_script_on_any_hardware(examples, size, replicas, expected):
+def test_the_same_script_on_any_hardware(
+    examples, size, replicas, expected, capsys
+):
     """As many micro-batches as the replicas need, whatever does not divide."""
     x, y, _ = data(Problem(examples=24 + examples))
     model, first = counting_model(replicas)
     set_values(model, first)
     Counts.seen.clear()
     callback = GradientAccumulationCallback(micro_batch_size=size)
-    model.fit(x, y, 24, verbose=0, shuffle=False, callbacks=[callback])
+    model.fit(x, y, 24, verbose=2, shuffle=False, callbacks=[callback])
+    said = capsys.readouterr().out.splitlines()[0]
     sizes = [
         [count for replica, count in Counts.seen if replica == each]
         for each in range(max(replicas, 1))
@@ -743,6 +746,10 @@ def test_the_same_script_on_any_hardware(examples, size, replicas, expected):
     # Of the second batch.
     count = len(expected[0])
     assert [each[-count:] for each in sizes] == expected
+    *_, before = sizes[0][:-count]
+    number = sizes[0][:-count].count(before)
+    assert f"{number} micro-batch" in said and f" of {before}" in said
+    assert ("on each of" in said) == (replicas > 1)
     inputs = keras.Input((4,))
     twin = keras.Model(inputs, keras.layers.Dense(3)(inputs))
     twin.compile(keras.optimizers.SGD(0.1), model.loss, run_eagerly=True)

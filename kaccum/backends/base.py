@@ -280,6 +280,10 @@ class Backend(abc.ABC):
         """The number of replicas that a model trains on."""
         return 1
 
+    def shares_of(self, model: keras.Model) -> int:
+        """How many devices of this process share each batch of a `fit`."""
+        return 1
+
     def replicas(self) -> int:
         """The number of replicas at work."""
         return 1

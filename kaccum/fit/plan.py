@@ -11,6 +11,7 @@ import keras
 from keras.src.utils import io_utils
 
 from kaccum import callers
+from kaccum.backends import backend
 
 #: Keras's own; above it a user has chosen a batch size.
 DEFAULT_BATCH_SIZE = 32
@@ -24,12 +25,14 @@ class Data(NamedTuple):
         batch_size: How many examples a batch has, or `None`.
         last: How many the last one of an epoch has, or `None`.
         epochs: How many there are.
+        devices: How many of them share a batch.
     """
 
     batches: int | None = None
     batch_size: int | None = None
     last: int | None = None
     epochs: int = 1
+    devices: int = 1
 
     @classmethod
     def of_fit(cls, model: keras.Model, params: dict[str, Any]) -> Data:
@@ -44,7 +47,8 @@ class Data(NamedTuple):
         last = size
         if size and batches == adapter.num_batches:
             last = adapter.partial_batch_size or size
-        return cls(batches, size, last, params.get("epochs") or 1)
+        epochs = params.get("epochs") or 1
+        return cls(batches, size, last, epochs, backend().shares_of(model))
 
 
 def _batch_size_of(adapter: Any) -> int | None:
@@ -64,6 +68,8 @@ def line_of_steps(steps: int, data: Data) -> str:
         examples = f"{together} an update = {examples} of {data.batch_size}"
     else:
         examples += " an update"
+    if data.devices > 1:
+        examples += f", each shared by {data.devices} devices"
     return f"kaccum: {examples}{_updates_of_steps(steps, data)}."
 
 
@@ -106,15 +112,19 @@ def line_of_size(size: int | str, data: Data) -> str:
     """What `micro_batch_size` makes of the data."""
     one = "the batch" if not data.batch_size else f"{data.batch_size} examples"
     if size == "auto":
-        parts = "the largest micro-batches that fit in memory"
+        parts = ", in the largest micro-batches that fit in memory"
     elif data.batch_size:
-        count = -(-data.batch_size // int(size))
-        largest = -(-data.batch_size // count)
-        most = "" if data.batch_size % count == 0 else " at most"
-        parts = f"{count} {_plural('micro-batch', count)} of {largest}{most}"
+        share = -(-data.batch_size // data.devices)
+        count = -(-share // int(size))
+        largest = -(-share // count)
+        are_equal = data.batch_size % (count * data.devices) == 0
+        most = "" if are_equal else " at most"
+        parts = f" = {count} {_plural('micro-batch', count)} of {largest}{most}"
     else:
-        parts = f"micro-batches of {size} at most"
-    text = f"kaccum: {one} an update = {parts}"
+        parts = f" = micro-batches of {size} at most"
+    if data.devices > 1:
+        parts += f" on each of {data.devices} devices"
+    text = f"kaccum: {one} an update{parts}"
     if data.batches:
         is_short = data.last and data.last != data.batch_size
         last = f"{data.last} {_plural('example', data.last or 0)}"

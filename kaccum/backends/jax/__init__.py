@@ -229,10 +229,18 @@ class JaxBackend(Backend):
         names = keras.distribution.list_devices()
         return keras.distribution.DataParallel(devices=names[:count])
 
-    def examples_in(self, batch: Any) -> list[int]:
+    def shares_of(self, model: keras.Model) -> int:
+        return self._shares
+
+    @property
+    def _shares(self) -> int:
         distribution = keras.distribution.distribution()
-        # In so many parts the devices have it.
-        parts = 1 if distribution is None else distribution.num_model_replicas
+        if distribution is None:
+            return 1
+        return int(distribution.num_model_replicas)
+
+    def examples_in(self, batch: Any) -> list[int]:
+        parts = self._shares
         return [arrays.examples_in(batch) // parts] * parts
 
     def cut(
@@ -250,7 +258,7 @@ class JaxBackend(Backend):
         distribution = keras.distribution.distribution()
         if distribution is None:
             return arrays.joined(parts)
-        count = distribution.num_model_replicas
+        count = self._shares
         return jax.tree.map(lambda *each: _joined_on(count, each), *parts)
 
     def is_out_of_memory(self, error: BaseException) -> bool:

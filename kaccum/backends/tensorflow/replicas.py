@@ -53,6 +53,9 @@ class Replicas(Backend):
     def replicas_of(self, model: keras.Model) -> int:
         return int(model.distribute_strategy.num_replicas_in_sync)
 
+    def shares_of(self, model: keras.Model) -> int:
+        return self.replicas_of(model)
+
     def replicas(self) -> int:
         return int(tf.distribute.get_strategy().num_replicas_in_sync)
 
