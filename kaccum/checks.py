@@ -107,7 +107,8 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
             raise ValueError(
                 "The optimizer must not accumulate gradients itself. Received: "
                 f"{type(each).__name__} with gradient_accumulation_steps="
-                f"{steps}. Leave that argument out."
+                f"{steps}. Leave that argument out, and have schedules count "
+                "updates."
             )
 
 

@@ -406,7 +406,8 @@ def compiled_anew(make_optimizer, call):
 
 ACCUMULATES = (
     "The optimizer must not accumulate gradients itself. Received: SGD with "
-    "gradient_accumulation_steps=2. Leave that argument out."
+    "gradient_accumulation_steps=2. Leave that argument out, and have "
+    "schedules count updates."
 )
 NO_OPTIMIZER = (
     "The model must have an optimizer to accumulate gradients for. Received: "

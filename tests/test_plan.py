@@ -101,8 +101,17 @@ class Own(keras.Model):
         ),
         (
             line_of_steps(4, Data(8, 16, 16, devices=2)),
-            "64 examples an update = 4 micro-batches of 16, each shared by 2 "
-            "devices; 2 updates an epoch.",
+            "64 examples an update = 4 micro-batches of 16, shared by 2 "
+            "devices, 8 on each; 2 updates an epoch.",
+        ),
+        (
+            line_of_steps(4, Data(8, 15, 15, devices=2)),
+            "60 examples an update = 4 micro-batches of 15, shared by 2 "
+            "devices, 8 on each at most; 2 updates an epoch.",
+        ),
+        (
+            line_of_steps(4, Data(devices=2)),
+            "4 micro-batches an update, shared by 2 devices.",
         ),
         (
             line_of_size(8, Data(2, 64, 64, devices=2)),
@@ -305,8 +314,8 @@ def test_a_schedule_that_counts_micro_batches_is_told(name):
         UserWarning,
         match="A schedule of the learning rate must count updates, of which a "
         f"window of micro-batches makes one. Received: `{name}` up to .*, and "
-        "16 updates in this `fit`. If it is the only one, divide that by "
-        "steps=4.",
+        "16 updates in this `fit`. A schedule that is for this `fit` alone "
+        "must end at 16.",
     ):
         fit_with(4, 8, optimizer, epochs=2)
 

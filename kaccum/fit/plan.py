@@ -69,8 +69,15 @@ def line_of_steps(steps: int, data: Data) -> str:
     else:
         examples += " an update"
     if data.devices > 1:
-        examples += f", each shared by {data.devices} devices"
+        examples += f", shared by {data.devices} devices{_share(data)}"
     return f"kaccum: {examples}{_updates_of_steps(steps, data)}."
+
+
+def _share(data: Data) -> str:
+    if not data.batch_size:
+        return ""
+    most = "" if data.batch_size % data.devices == 0 else " at most"
+    return f", {-(-data.batch_size // data.devices)} on each{most}"
 
 
 def line_of_updates(
@@ -211,8 +218,8 @@ def warn_of_mistakes(
         _warn(
             "A schedule of the learning rate must count updates, of which a "
             f"window of micro-batches makes one. Received: `{name}` up to "
-            f"{end}, and {total} updates in this `fit`. If it is the only one, "
-            f"divide that by steps={steps}."
+            f"{end}, and {total} updates in this `fit`. A schedule that is for "
+            f"this `fit` alone must end at {total}."
         )
 
 
