@@ -5,6 +5,7 @@ What cannot apply on all of them is marked, with the reason.
 
 import importlib
 import importlib.util
+import itertools
 
 import keras
 import numpy as np
@@ -156,6 +157,34 @@ def error_in_a_step(kind):
         # What was called before raises the one, what is new the other.
         return jax.errors.JaxRuntimeError, ValueError
     return kind
+
+
+def tells_late():
+    """Whether an error in a step is told where a number is read.
+
+    On a GPU JAX has gone on by then.
+    """
+    if BACKEND != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def needs_errors_at_once():
+    """Leaves a test out where Keras hides them as it reads logs."""
+    if tells_late():
+        pytest.skip("jax: on a GPU errors are told late, and Keras hides them")
+
+
+def attempts(sizes):
+    """The sizes of micro-batches that were tried, one after the other.
+
+    Where errors are told late, all micro-batches of a batch have run by then.
+    """
+    if not tells_late():
+        return sizes
+    return [size for size, _ in itertools.groupby(sizes)]
 
 
 def error_in_the_data(kind):

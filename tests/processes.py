@@ -338,7 +338,7 @@ def train_by_hand(rank, processes, case):
 
     from kaccum import GradientAccumulator
 
-    x, y, weights = map(torch.as_tensor, numbers())
+    x, y, weights = map(keras.ops.convert_to_tensor, numbers())
     model = build(case)
     model.optimizer = keras.optimizers.Adam(0.01)
     group = None

@@ -1,6 +1,7 @@
 """Laws 1 and 2 on several devices: `keras.distribution`, on JAX."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.reference import (
     assert_same,
     build_model,
     data,
+    devices_of_jax,
     fit_large,
     fit_micro,
     result_of,
@@ -33,14 +35,13 @@ pytestmark = only_on("jax", reason="`keras.distribution` is of JAX")
 
 def data_parallel(devices):
     """A distribution over so many parts of the processor, or GPUs."""
-    names = keras.distribution.list_devices()
-    return keras.distribution.DataParallel(devices=names[:devices])
+    return keras.distribution.DataParallel(devices=devices_of_jax(devices))
 
 
 def model_parallel():
     """Two groups of devices for the data, two parts of each kernel."""
     mesh = keras.distribution.DeviceMesh(
-        (2, 2), ["batch", "model"], keras.distribution.list_devices()[:4]
+        (2, 2), ["batch", "model"], devices_of_jax(4)
     )
     layouts = keras.distribution.LayoutMap(mesh)
     layouts[".*embeddings"] = (None, "model")
@@ -179,6 +180,8 @@ def test_two_processes_train_as_one(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # NCCL wants a GPU for each.
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         for index in (0, 1)
     ]

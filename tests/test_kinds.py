@@ -600,11 +600,11 @@ def test_measuring_leaves_the_data_alone():
     model.compile("sgd", keras.losses.Circle(), **compile_options("eager"))
     batch = [Y[:8], CLASSES[:8], UNEQUAL["a"][:8] + 0.5]
     batch = [ops.convert_to_tensor(array.copy()) for array in batch]
-    before = [np.array(array) for array in batch]
+    before = [ops.convert_to_numpy(array).copy() for array in batch]
     with pytest.warns(UserWarning, match=NOT_THE_LARGE_BATCH):
         kind_in_a_step(model, tuple(batch))
     for old, new in zip(before, batch):
-        np.testing.assert_array_equal(old, np.array(new))
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
 
 
 class Computing(keras.Model):

@@ -10,7 +10,14 @@ from keras import ops
 from kaccum import GradientAccumulator, accumulate
 from tests import reference
 from tests import test_interrupts as interrupted
-from tests.backends import BACKEND, error_in_a_step, needs_graphs, only_on, tf
+from tests.backends import (
+    BACKEND,
+    error_in_a_step,
+    needs_errors_at_once,
+    needs_graphs,
+    only_on,
+    tf,
+)
 from tests.layers import Failing
 from tests.recorders import is_equal
 from tests.reference import Problem, build_model, data, set_values, values_of
@@ -73,6 +80,7 @@ def test_two_models_have_a_window_each():
 
 def test_an_error_in_a_step_drops_the_open_window():
     """Law 5: a caught one, too; the block goes on with an empty window."""
+    needs_errors_at_once()
     model, twin = interrupted.built(), interrupted.built()
     with accumulate(model, 3):
         train(model, 4)

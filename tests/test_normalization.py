@@ -194,7 +194,8 @@ def test_every_kind_of_layer(first):
     """Wherever the layer stands, and however often it is called."""
     x, y = data(22)
     model = fit(model_of(first()), x, y, 4, GradientAccumulationCallback(3))
-    assert_close(model, fit(eagerly(model_of(first())), x, y, 12))
+    # (Compiled, too: XLA may leave out that an input is rounded to float16.)
+    assert_close(model, fit(model_of(first()), x, y, 12))
 
 
 @only_on("tensorflow", "torch", reason="nothing depends on values")

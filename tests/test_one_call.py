@@ -109,6 +109,7 @@ def test_convolutions_are_in_no_loop_on_a_processor(monkeypatch, calls):
     """It takes ten times as long there; on a GPU, whose XLA does not."""
     import jax
 
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     fit(convolutional(), IMAGES, 8, 2)
     assert len(calls) == 8
     calls.clear()
@@ -133,8 +134,12 @@ def test_loops_are_of_batches_as_long_as_the_first(calls):
 @only_on("jax", reason="it would copy all of a batch to the device")
 def test_large_batches_of_the_host_are_cut_there(monkeypatch, calls):
     """Where each part takes the device's memory by itself."""
+    import jax
+
     from kaccum.backends.jax import batches
 
+    # Elsewhere Keras has copied the batch already.
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(batches, "LARGE", 4)
     fit(dense(), X, 10, 2)
     assert len(calls) == 2 * 5

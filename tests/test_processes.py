@@ -261,7 +261,11 @@ def test_the_program_of_the_page_runs_in_processes(tmp_path):
         capture_output=True,
         text=True,
         timeout=processes.SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        },
     )
     assert done.returncode == 0, done.stderr
     # Some versions tell of the other processes, in lines of their own.

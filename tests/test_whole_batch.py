@@ -34,6 +34,7 @@ from tests.reference import (
     Problem,
     assert_same,
     check,
+    devices_of_jax,
     result_of,
     strategy_of,
 )
@@ -753,8 +754,7 @@ def test_devices_of_jax_have_the_whole_loss(way):
     make, loss, metrics, data = CASES["contrastive"]
     data = tuple(array[:32] for array in data)
     truth = fit(compiled(make, loss, metrics), data, None)
-    devices = keras.distribution.list_devices()[:2]
-    distribution = keras.distribution.DataParallel(devices=devices)
+    distribution = keras.distribution.DataParallel(devices=devices_of_jax(2))
     keras.distribution.set_distribution(distribution)
     try:
         mine = fit(compiled(make, loss, metrics), data, way)

@@ -227,6 +227,9 @@ class JaxBackend(Backend):
     def devices(self, count: int) -> keras.distribution.DataParallel:
         jax.config.update("jax_num_cpu_devices", count)
         names = keras.distribution.list_devices()
+        if len(names) < count:
+            # A single GPU, say.
+            names = keras.distribution.list_devices("cpu")
         return keras.distribution.DataParallel(devices=names[:count])
 
     def shares_of(self, model: keras.Model) -> int:
