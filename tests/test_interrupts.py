@@ -14,6 +14,8 @@ from tests.backends import (
     error_in_the_data,
     needs_errors_at_once,
     of_unknown_length,
+    only_on,
+    out_of_memory,
 )
 from tests.layers import Failing
 from tests.profiles import nightly
@@ -223,6 +225,47 @@ def test_interrupted_by_the_model(batch, pair, tmp_path):
     finally:
         Failing.error = None
     assert "make_train_function" not in vars(pair[0])
+    assert_plain(pair, tmp_path)
+
+
+# As `steps` and as `micro_batch_size`: what is waited for in the first window,
+# and how often.
+WAITED = {"steps": ({"steps": 3}, 4, 3), "cut": ({"micro_batch_size": 4}, 10, 2)}
+
+
+@only_on("jax", reason="others tell of an error at once")
+@pytest.mark.parametrize("way", WAITED)
+@pytest.mark.parametrize("is_in_first", [True, False])
+def test_interrupted_by_an_error_that_is_told_late(
+    way, is_in_first, pair, tmp_path, monkeypatch
+):
+    """Law 5: where JAX tells of it, which Keras would hide.
+
+    In the first window soon enough for the weights to be what they were, after
+    it at the end of the epoch.
+    """
+    import jax
+
+    options, batch_size, waits = WAITED[way]
+    waited, wait = [], jax.block_until_ready
+
+    def late(values):
+        waited.append(1)
+        if len(waited) == (1 if is_in_first else waits + 1):
+            raise out_of_memory("late")
+        return wait(values)
+
+    model = pair[0]
+    before = values_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", late)
+        with pytest.raises(
+            type(out_of_memory()), match=r"(?s)late\nkaccum: .*did not fit"
+        ):
+            fit(model, [GradientAccumulationCallback(**options)], batch_size)
+    assert "make_train_function" not in vars(model)
+    if is_in_first:
+        assert_equal(values_of(model), before)
     assert_plain(pair, tmp_path)
 
 

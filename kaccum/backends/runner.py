@@ -262,7 +262,11 @@ class Runner(abc.ABC):
         self._skipped_before = self._step.skipped if self._step.skips else 0
 
     def wait(self) -> None:
-        """Waits for an attempt: it has failed where this raises."""
+        """Waits for what was run: it has failed where this raises.
+
+        JAX tells of an error where something is waited for, or read, and Keras
+        hides it where it reads logs (3.15).
+        """
 
     def restore(self) -> None:
         """Takes a failed attempt back."""

@@ -83,7 +83,7 @@ class Tester(abc.ABC):
         """Remembers what an attempt may change."""
 
     def wait(self) -> None:
-        """Waits for an attempt: it has failed where this raises."""
+        """Waits for what was run: it has failed where this raises."""
 
     @abc.abstractmethod
     def restore(self) -> None:

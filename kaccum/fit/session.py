@@ -196,12 +196,17 @@ class Session:
         if self._whole is None:
             with self._recovering():
                 self._report(self._runner.end_epoch(is_open))
+                self._runner.wait()
             return
         if not is_open:
+            with self._recovering():
+                self._runner.wait()
             return
-        with self._recovering(), self._runner.with_state():
-            self._whole.close()
-            self._report(self._runner.update())
+        with self._recovering():
+            with self._runner.with_state():
+                self._whole.close()
+                self._report(self._runner.update())
+            self._runner.wait()
         # `fit` shows them, if no window of the epoch was closed before.
         self._logs.update({**self._get_plain_metrics(), **self._shown})
 
@@ -240,6 +245,7 @@ class Session:
             )
         self._model.make_test_function()
         validation = self._validations[key]
+        validation.begin()
 
         def instead_of(plain: Any) -> Any:
             def test(*arguments: Any) -> Any:
@@ -294,13 +300,24 @@ class Session:
 
     def _run_next(self, iterator: Any) -> Any:
         count = self._model.steps_per_execution
+        is_first = self._is_first
         with self._recovering():
             if self._size is not None:
                 logs = self._run_batches(iterator, count, self._size)
             else:
                 logs = self._run(iterator, self._window.closes(count))
+            if is_first:
+                self._runner.wait()
             self._last_logs = logs
             return logs
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this is the first window, whose errors are waited for.
+
+        The others need as much memory: of them an epoch's end tells.
+        """
+        return self._updates == 0
 
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         if not self._window.is_open:
@@ -359,6 +376,8 @@ class Session:
             self._warn_of_uncut(batch, size)
             add = functools.partial(self._add_parts, batch)
             logs = in_parts(batch, size, self._runner, add)
+            if self._is_first:
+                self._runner.wait()
             self._update()
             if self._whole is not None:
                 logs = {**logs, **self._shown}

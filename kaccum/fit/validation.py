@@ -29,6 +29,11 @@ class Validation:
         self._model = model
         self._test = TestStep(model, step.kinds, step.differences)
         self._tester: Tester = backend().tester(model, self._test, runner)
+        self._is_first = True
+
+    def begin(self) -> None:
+        """Begins the validation of another `fit`."""
+        self._is_first = True
 
     def test(self, size: MicroBatchSize, *arguments: Any) -> Any:
         """Does what the model's test function does.
@@ -47,6 +52,8 @@ class Validation:
         count = self._model.steps_per_execution
         for batch in itertools.islice(batches, count):
             logs = self._run_batch(batch, size)
+            if self._is_first:
+                self._wait(batch)
         if logs is None:
             raise StopIteration
         return logs
@@ -70,6 +77,15 @@ class Validation:
     def _run_whole(self, batch: Any, parts: list[Any]) -> Any:
         try:
             return self._tester.run(batch, parts)
+        except Exception as error:
+            self._advise(error, batch)
+            raise
+
+    def _wait(self, batch: Any) -> None:
+        """Has errors told now: later batches need as much memory."""
+        self._is_first = False
+        try:
+            self._tester.wait()
         except Exception as error:
             self._advise(error, batch)
             raise

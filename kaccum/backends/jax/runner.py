@@ -94,6 +94,7 @@ class JaxRunner(Runner):
         self._parts: dict[Equal, Any] = {}
         self._logs: Any = None
         self._may_stack = False
+        self._has_failed_late = False
         self._update = self._compiled(self._traced_update, donated=[0, 1])
         self._passes: dict[str, Any] = {}
 
@@ -105,9 +106,12 @@ class JaxRunner(Runner):
                 for each in state
             )
         )
+        before = self._state
         try:
             logs = run(Batches(iterator, self._may_stack))
         except BaseException:
+            if self._has_failed_late and not _is_donated(before):
+                self._state = before
             # Keras has the state of before, whose memory may be used again.
             self._hand_over()
             raise
@@ -117,6 +121,7 @@ class JaxRunner(Runner):
 
     def start(self, *, is_for_fit: bool) -> None:
         super().start(is_for_fit=is_for_fit)
+        self._has_failed_late = False
         self._may_stack = is_for_fit and self.model.steps_per_execution > 1
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
@@ -152,10 +157,21 @@ class JaxRunner(Runner):
         return self._compiled(traced, donated=[])(state, data)
 
     def wait(self) -> None:
-        jax.block_until_ready([total.value for total in self._sums])
+        state = self._state
+        if state is None:
+            self.model.jax_state_sync()
+            state = self._held_by_variables()
+        sums = [total.value for total in self._sums]
+        try:
+            jax.block_until_ready([sums, state])
+        except BaseException:
+            # What was computed since is not to be had.
+            self._has_failed_late = True
+            raise
 
     def restore(self) -> None:
         super().restore()
+        self._has_failed_late = False
         self._state = self._before
         for total, value in self._lasting:
             total.value = jnp.copy(value)
@@ -515,6 +531,11 @@ class JaxRunner(Runner):
             "metrics_variables": metrics,
         }
         self.model._jax_state_synced = False
+
+
+def _is_donated(state: State) -> bool:
+    """Whether an update has taken the memory of some of it."""
+    return any(array.is_deleted() for array in jax.tree.leaves(state))
 
 
 def _loop(
