@@ -96,6 +96,11 @@ def test_every_example_of_a_page_runs(page, tmp_path):
             # On so few examples.
             "-W",
             "ignore:`steps` must not be more than the batches:UserWarning",
+            # As in `setup.cfg`.
+            "-W",
+            "ignore:Explicitly requested dtype float64 requested:UserWarning",
+            "-W",
+            "ignore:Explicitly requested dtype int64 requested:UserWarning",
             "-c",
             program,
         ],

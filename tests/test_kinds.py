@@ -321,7 +321,9 @@ def test_what_is_neither_is_told(name, way):
         pytest.skip("nothing to compare in two examples")
     with pytest.warns(UserWarning, match=NOT_THE_LARGE_BATCH) as told:
         weights_and_loss(WARNED[name], size, **arguments)
-    assert len([w for w in told if w.category is UserWarning]) == 1
+    # (Keras's own about 64 bits: `setup.cfg`.)
+    texts = [str(w.message) for w in told if w.category is UserWarning]
+    assert len([t for t in texts if "64 requested in" not in t]) == 1
 
 
 def test_the_warning_names_the_loss_and_the_numbers():

@@ -94,10 +94,9 @@ def masks_of(tensors: Any) -> list[Any]:
 
 
 def with_masks(tensors: Any, masks: Sequence[Any]) -> Any:
-    """Nested tensors that have these masks of Keras."""
+    """Nested tensors that have these masks of Keras, `None` for none."""
     for leaf, mask in zip(keras.tree.flatten(tensors), masks):
-        if mask is not None:
-            masking.set_keras_mask(leaf, mask)
+        masking.set_keras_mask(leaf, mask)
     return tensors
 
 

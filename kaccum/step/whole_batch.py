@@ -145,10 +145,11 @@ class WholeBatch:
                     scaled_loss, model.trainable_variables, flat
                 )
             )
-            if not self._backend.is_stateless:
-                # On JAX, Keras's metrics see no masks: they do not leave the
-                # gradient (3.15).
-                y_pred = with_masks(y_pred, masks)
+            if self._backend.is_stateless:
+                # Keras's metrics see no masks, which do not leave the gradient
+                # (3.15). Outputs of a single micro-batch still have theirs.
+                masks = [None] * len(masks)
+            y_pred = with_masks(y_pred, masks)
             first = next(t for t in keras.tree.flatten(x) if t is not None)
             model._loss_tracker.update_state(
                 loss, sample_weight=ops.shape(first)[0]
