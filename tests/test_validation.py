@@ -21,7 +21,6 @@ from tests.backends import (
     IS_NEW,
     attempts,
     compile_options,
-    needs_errors_at_once,
     needs_graphs,
     needs_sparse,
     needs_strategies,
@@ -633,7 +632,6 @@ def test_a_failed_validation_leaves_nothing_behind(execution):
 
 def test_advice_for_validation():
     """Where no halving helps, or was asked for."""
-    needs_errors_at_once()
     for size, ending in (
         (20, "Write `validation_batch_size=10` into `fit`."),
         ("auto", "so that no smaller micro-batch is left to try."),
