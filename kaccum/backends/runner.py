@@ -109,6 +109,7 @@ class Runner(abc.ABC):
         self._backend = backend
         self._plain = model.train_function
         self._skipped_before = 0
+        self._is_first_call = self._is_first_update = True
 
     @abc.abstractmethod
     def run(self, batches: Any, closes: list[bool], *, is_plain: bool) -> Ran:
@@ -197,9 +198,16 @@ class Runner(abc.ABC):
         Returns:
             The number of updates: 0 where all micro-batches were left out.
         """
+        is_first = self._is_first_update
+        if is_first:
+            # While weights are what they were.
+            self.wait()
         if self._step.skips and bool(self._step.sums.is_empty()):
             return 0
         self._run_update()
+        if is_first:
+            self.wait()
+            self._is_first_update = False
         return 1
 
     def iterations(self) -> int:
@@ -234,6 +242,20 @@ class Runner(abc.ABC):
         """
         self._step.empty()
         self._step.count_skipped_from(0)
+        self.wait_for_next()
+
+    def wait_for_next(self) -> None:
+        """Has the next call and the next update waited for.
+
+        Those that follow need as much memory.
+        """
+        self._is_first_call = self._is_first_update = True
+
+    def wait_if_first(self) -> None:
+        """Waits for what was run, if that was the first call."""
+        if self._is_first_call:
+            self.wait()
+            self._is_first_call = False
 
     def stop(self) -> None:
         """Frees the sums' memory."""
@@ -267,6 +289,9 @@ class Runner(abc.ABC):
         JAX tells of an error where something is waited for, or read, and Keras
         hides it where it reads logs (3.15).
         """
+
+    def wait_for(self, values: Any) -> None:
+        """Waits for nested tensors, as of logs."""
 
     def restore(self) -> None:
         """Takes a failed attempt back."""

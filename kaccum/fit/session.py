@@ -166,7 +166,11 @@ class Session:
             How many micro-batches it has.
         """
         self._is_by_update = is_by_update
+        steps = self._window.steps
         self._window.begin(length_of)
+        if self._window.steps != steps:
+            # The first window with sums, say.
+            self._runner.wait_for_next()
         self._count_updates()
         if self._step.sums.averages is not None:
             self._step.sums.averages.begin_epoch()
@@ -300,24 +304,14 @@ class Session:
 
     def _run_next(self, iterator: Any) -> Any:
         count = self._model.steps_per_execution
-        is_first = self._is_first
         with self._recovering():
             if self._size is not None:
                 logs = self._run_batches(iterator, count, self._size)
             else:
                 logs = self._run(iterator, self._window.closes(count))
-            if is_first:
-                self._runner.wait()
+            self._runner.wait_if_first()
             self._last_logs = logs
             return logs
-
-    @property
-    def _is_first(self) -> bool:
-        """Whether this is the first window, whose errors are waited for.
-
-        The others need as much memory: of them an epoch's end tells.
-        """
-        return self._updates == 0
 
     def _run(self, iterator: Any, closes: list[bool]) -> Any:
         if not self._window.is_open:
@@ -376,8 +370,6 @@ class Session:
             self._warn_of_uncut(batch, size)
             add = functools.partial(self._add_parts, batch)
             logs = in_parts(batch, size, self._runner, add)
-            if self._is_first:
-                self._runner.wait()
             self._update()
             if self._whole is not None:
                 logs = {**logs, **self._shown}
@@ -466,7 +458,14 @@ class Session:
             return on_metrics(thread.recording, self._get_plain_metrics)
         # The one call between an epoch's last batch and validation.
         if not callers.is_asked_by("fit", self._model):
-            return self._get_plain_metrics()
+            logs = self._get_plain_metrics()
+            if callers.is_asked_by(
+                "evaluate", self._model
+            ) and callers.is_called_in_fit(self._model):
+                # Validation's, which Keras is going to read.
+                with self._ending_at_errors():
+                    self._runner.wait_for(logs)
+            return logs
         self.close_window()
         self.warn_of_proportions()
         logs = self._get_plain_metrics()

@@ -93,8 +93,9 @@ class JaxRunner(Runner):
         self._adds = self._compiled(self._traced_adds, donated=[1])
         self._parts: dict[Equal, Any] = {}
         self._logs: Any = None
-        self._may_stack = False
-        self._has_failed_late = False
+        self._may_stack = self._is_for_fit = False
+        # The state before the first window.
+        self._first: Any = None
         self._update = self._compiled(self._traced_update, donated=[0, 1])
         self._passes: dict[str, Any] = {}
 
@@ -107,21 +108,31 @@ class JaxRunner(Runner):
             )
         )
         before = self._state
+        if self._is_first_call:
+            self._first = before
         try:
             logs = run(Batches(iterator, self._may_stack))
         except BaseException:
-            if self._has_failed_late and not _is_donated(before):
-                self._state = before
+            # An error may be told late: what was computed since then is not to
+            # be had, nor what an update has taken the memory of.
+            known = [self._state, before, self._first]
+            self._state = next(filter(_is_sound, known), self._state)
+            self._first = None
             # Keras has the state of before, whose memory may be used again.
             self._hand_over()
+            if not self._is_for_fit:
+                # Before the user changes a variable.
+                self.model.jax_state_sync()
             raise
         finally:
             new, self._state = self._state, None
+            if not self._is_first_update:
+                self._first = None
         return logs, tuple(map(Values, new))
 
     def start(self, *, is_for_fit: bool) -> None:
         super().start(is_for_fit=is_for_fit)
-        self._has_failed_late = False
+        self._is_for_fit, self._first = is_for_fit, None
         self._may_stack = is_for_fit and self.model.steps_per_execution > 1
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
@@ -134,8 +145,11 @@ class JaxRunner(Runner):
             return
         self._hand_over()
         self.model.jax_state_sync()
-        function(updates)
-        self._state = self._held_by_variables()
+        self._state = None
+        try:
+            function(updates)
+        finally:
+            self._state = self._held_by_variables()
         self._hand_over()
 
     def remember(self) -> None:
@@ -157,21 +171,18 @@ class JaxRunner(Runner):
         return self._compiled(traced, donated=[])(state, data)
 
     def wait(self) -> None:
-        state = self._state
-        if state is None:
-            self.model.jax_state_sync()
-            state = self._held_by_variables()
-        sums = [total.value for total in self._sums]
-        try:
-            jax.block_until_ready([sums, state])
-        except BaseException:
-            # What was computed since is not to be had.
-            self._has_failed_late = True
-            raise
+        held: Any = self._state
+        if held is None and getattr(self.model, "_jax_state_synced", True):
+            held = self._held_by_variables()
+        elif held is None:
+            held = self.model._jax_state
+        self.wait_for([[total.value for total in self._sums], held])
+
+    def wait_for(self, values: Any) -> None:
+        jax.block_until_ready(values)
 
     def restore(self) -> None:
         super().restore()
-        self._has_failed_late = False
         self._state = self._before
         for total, value in self._lasting:
             total.value = jnp.copy(value)
@@ -533,9 +544,15 @@ class JaxRunner(Runner):
         self.model._jax_state_synced = False
 
 
-def _is_donated(state: State) -> bool:
-    """Whether an update has taken the memory of some of it."""
-    return any(array.is_deleted() for array in jax.tree.leaves(state))
+def _is_sound(state: State | None) -> bool:
+    """Whether it was computed without an error, and is still there."""
+    if state is None:
+        return False
+    try:
+        jax.block_until_ready(state)
+    except Exception:
+        return False
+    return True
 
 
 def _loop(
