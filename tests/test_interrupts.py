@@ -286,6 +286,59 @@ def test_interrupted_by_an_error_that_is_told_late(
     assert_plain(pair, tmp_path)
 
 
+def spoiled(arrays):
+    """Arrays of JAX that are told to be none when they are read.
+
+    They wait for a long computation, after which the host raises an error.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def fail(number):
+        raise out_of_memory("late")
+
+    scalar = jax.ShapeDtypeStruct((), "float32")
+    long = jax.jit(lambda x: (x @ x @ x @ x)[0, 0])(jnp.ones((1500, 1500)))
+    late = jax.jit(lambda x: jax.pure_callback(fail, scalar, x))(long)
+    return jax.tree.map(lambda x: x + late.astype(x.dtype), arrays)
+
+
+@only_on("jax", reason="others tell of an error at once")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_a_late_error_leaves(number, monkeypatch):
+    """Law 5: all that the model was before the window, whichever fails."""
+    from kaccum.backends.jax.runner import JaxRunner
+
+    keras.utils.set_random_seed(0)
+    stack = [keras.layers.BatchNormalization(), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *stack])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    before, moved, move = model.get_weights(), [], JaxRunner._moving
+
+    def moving(self, *arguments):
+        result = move(self, *arguments)
+        moved.append(1)
+        if len(moved) == number:
+            state = self._state
+            sums = [total.value for total in self._sums]
+            non_trainable, metrics, sums = spoiled(
+                (state.non_trainable, state.metrics, sums)
+            )
+            self._state = state._replace(
+                non_trainable=non_trainable, metrics=metrics
+            )
+            for total, value in zip(self._sums, sums):
+                total.value = value
+        return result
+
+    monkeypatch.setattr(JaxRunner, "_moving", moving)
+    with pytest.raises((type(out_of_memory()), ValueError), match="late"):
+        fit(model, [GradientAccumulationCallback(3)])
+    assert_equal(model.get_weights(), before)
+    fit(model, [GradientAccumulationCallback(3)])
+
+
 @only_on("jax", reason="others tell of an error at once")
 @pytest.mark.parametrize("way", [STEPS, CUT], ids=["steps", "cut"])
 def test_an_error_of_validation_that_is_told_late(
@@ -345,6 +398,7 @@ def test_compiled_after_an_interruption():
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_model_that_is_dropped_is_freed():
     """Law 5: neither a finished nor an interrupted fit keeps it alive."""
+
     def dropped(callbacks):
         model = build_model(PROBLEM)
         try:

@@ -444,7 +444,7 @@ class Session:
             else:
                 self._window.reset()
                 self._step.empty()
-                self._step.sums.renew()
+            self._step.sums.renew()
             origin = out_of_memory(error, already)
             if origin is None or not self.advice:
                 raise
