@@ -371,7 +371,7 @@ def test_an_error_of_validation_that_is_told_late(
 
 @only_on("jax", reason="others tell of an error at once")
 def test_weights_that_are_set_after_an_error_stay():
-    """What the model was before it is given back at once."""
+    """The end of the block does not give back what was there before."""
     model = built()
     set_to = [np.full(w.shape, 7.0) for w in model.get_weights()]
     with accumulate(model, 3):

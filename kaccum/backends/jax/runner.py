@@ -93,7 +93,7 @@ class JaxRunner(Runner):
         self._adds = self._compiled(self._traced_adds, donated=[1])
         self._parts: dict[Equal, Any] = {}
         self._logs: Any = None
-        self._may_stack = self._is_for_fit = False
+        self._may_stack = False
         # The state before the first window.
         self._first: Any = None
         self._update = self._compiled(self._traced_update, donated=[0, 1])
@@ -120,9 +120,6 @@ class JaxRunner(Runner):
             self._first = None
             # Keras has the state of before, whose memory may be used again.
             self._hand_over()
-            if not self._is_for_fit:
-                # Before the user changes a variable.
-                self.model.jax_state_sync()
             raise
         finally:
             new, self._state = self._state, None
@@ -132,7 +129,7 @@ class JaxRunner(Runner):
 
     def start(self, *, is_for_fit: bool) -> None:
         super().start(is_for_fit=is_for_fit)
-        self._is_for_fit, self._first = is_for_fit, None
+        self._first = None
         self._may_stack = is_for_fit and self.model.steps_per_execution > 1
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
