@@ -44,6 +44,8 @@ class Session:
         self._runners: dict[Any, Any] = {}
         self._validations: dict[Any, Validation] = {}
         self._runner: Any = None
+        # The length of the window that the epoch before began with.
+        self._steps_before = 0
         self._whole: WholeWindow | None = None
         # Those of the last window that closed in this epoch.
         self._logs: Any = {}
@@ -166,18 +168,19 @@ class Session:
             How many micro-batches it has.
         """
         self._is_by_update = is_by_update
-        steps = self._window.steps
         self._window.begin(length_of)
-        if self._window.steps != steps:
-            # The first window with sums, say.
-            self._runner.wait_for_next()
         self._count_updates()
         if self._step.sums.averages is not None:
             self._step.sums.averages.begin_epoch()
         self._logs, self._last_logs = {}, None
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
-        return self._window.steps
+        steps = self._window.steps
+        if steps != self._steps_before:
+            # The first window with sums, say.
+            self._runner.wait_for_next()
+        self._steps_before = steps
+        return steps
 
     def _count_updates(self) -> None:
         """Has the window know of the optimizer's."""
@@ -232,6 +235,7 @@ class Session:
         self._is_for_fit = is_for_fit
         self._on_update = on_update
         self._updates: int = 0
+        self._steps_before = 0
         self._skipped_before = 0
         #: What to write where memory runs out.
         self.advice = ""
