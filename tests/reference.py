@@ -147,14 +147,6 @@ def split_the_processor():
     )
 
 
-def devices_of_jax(count):
-    """The names of so many GPUs, or parts of the processor."""
-    names = keras.distribution.list_devices()
-    if len(names) < count:
-        names = keras.distribution.list_devices("cpu")
-    return names[:count]
-
-
 def strategy_of(replicas, first=1):
     """Where a problem is trained, on GPUs if there are as many.
 

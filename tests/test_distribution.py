@@ -23,7 +23,6 @@ from tests.reference import (
     assert_same,
     build_model,
     data,
-    devices_of_jax,
     fit_large,
     fit_micro,
     result_of,
@@ -35,13 +34,17 @@ pytestmark = only_on("jax", reason="`keras.distribution` is of JAX")
 
 def data_parallel(devices):
     """A distribution over so many parts of the processor, or GPUs."""
-    return keras.distribution.DataParallel(devices=devices_of_jax(devices))
+    from kaccum.backends.jax import device_names
+
+    return keras.distribution.DataParallel(devices=device_names(devices))
 
 
 def model_parallel():
     """Two groups of devices for the data, two parts of each kernel."""
+    from kaccum.backends.jax import device_names
+
     mesh = keras.distribution.DeviceMesh(
-        (2, 2), ["batch", "model"], devices_of_jax(4)
+        (2, 2), ["batch", "model"], device_names(4)
     )
     layouts = keras.distribution.LayoutMap(mesh)
     layouts[".*embeddings"] = (None, "model")

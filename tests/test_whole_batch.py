@@ -34,7 +34,6 @@ from tests.reference import (
     Problem,
     assert_same,
     check,
-    devices_of_jax,
     result_of,
     strategy_of,
 )
@@ -764,7 +763,9 @@ def test_devices_of_jax_have_the_whole_loss(way):
     make, loss, metrics, data = CASES["contrastive"]
     data = tuple(array[:32] for array in data)
     truth = fit(compiled(make, loss, metrics), data, None)
-    distribution = keras.distribution.DataParallel(devices=devices_of_jax(2))
+    from kaccum.backends.jax import device_names
+
+    distribution = keras.distribution.DataParallel(devices=device_names(2))
     keras.distribution.set_distribution(distribution)
     try:
         mine = fit(compiled(make, loss, metrics), data, way)

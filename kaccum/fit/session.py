@@ -200,22 +200,17 @@ class Session:
         """Updates from a short window, if one is open."""
         is_open = self._window.is_open
         self._window.reset()
-        if self._whole is None:
-            with self._recovering():
-                self._report(self._runner.end_epoch(is_open))
-                self._runner.wait()
-            return
-        if not is_open:
-            with self._recovering():
-                self._runner.wait()
-            return
         with self._recovering():
-            with self._runner.with_state():
-                self._whole.close()
-                self._report(self._runner.update())
+            if self._whole is None:
+                self._report(self._runner.end_epoch(is_open))
+            elif is_open:
+                with self._runner.with_state():
+                    self._whole.close()
+                    self._report(self._runner.update())
             self._runner.wait()
-        # `fit` shows them, if no window of the epoch was closed before.
-        self._logs.update({**self._get_plain_metrics(), **self._shown})
+        if self._whole is not None and is_open:
+            # `fit` shows them, if no window of the epoch was closed before.
+            self._logs.update({**self._get_plain_metrics(), **self._shown})
 
     def warn_of_proportions(self) -> None:
         """Warns of losses that one weight was not right for."""

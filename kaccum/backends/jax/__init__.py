@@ -226,11 +226,7 @@ class JaxBackend(Backend):
 
     def devices(self, count: int) -> keras.distribution.DataParallel:
         jax.config.update("jax_num_cpu_devices", count)
-        names = keras.distribution.list_devices()
-        if len(names) < count:
-            # A single GPU, say.
-            names = keras.distribution.list_devices("cpu")
-        return keras.distribution.DataParallel(devices=names[:count])
+        return keras.distribution.DataParallel(devices=device_names(count))
 
     def shares_of(self, model: keras.Model) -> int:
         return self._shares
@@ -299,6 +295,14 @@ class JaxBackend(Backend):
         self, model: keras.Model, test: TestOfParts, runner: Any
     ) -> Tester:
         return JaxTester(model, test)
+
+
+def device_names(count: int) -> list[str]:
+    """So many GPUs, or parts of the processor where there are fewer."""
+    names: list[str] = keras.distribution.list_devices()
+    if len(names) < count:
+        names = keras.distribution.list_devices("cpu")
+    return names[:count]
 
 
 def _part_of(batch: Any, start: int, size: int, parts: int) -> Any:

@@ -129,7 +129,6 @@ class JaxRunner(Runner):
 
     def start(self, *, is_for_fit: bool) -> None:
         super().start(is_for_fit=is_for_fit)
-        self._first = None
         self._may_stack = is_for_fit and self.model.steps_per_execution > 1
 
     def pulled(self, batches: Any, count: int) -> tuple[list[Any], Any]:
@@ -169,10 +168,11 @@ class JaxRunner(Runner):
 
     def wait(self) -> None:
         held: Any = self._state
-        if held is None and getattr(self.model, "_jax_state_synced", True):
-            held = self._held_by_variables()
-        elif held is None:
-            held = self.model._jax_state
+        if held is None:
+            # Syncing could overwrite what the user has set since an error.
+            is_synced = self.model._jax_state_synced
+            variables = self._held_by_variables
+            held = variables() if is_synced else self.model._jax_state
         self.wait_for([[total.value for total in self._sums], held])
 
     def wait_for(self, values: Any) -> None:
