@@ -351,7 +351,7 @@ def test_an_error_of_validation_that_is_told_late(
     failing, wait = [], jax.block_until_ready
 
     class Fails(keras.callbacks.Callback):
-        def on_test_batch_end(self, batch, logs=None):
+        def on_test_batch_begin(self, batch, logs=None):
             failing.append(batch)
 
     def late(values):
@@ -362,11 +362,28 @@ def test_an_error_of_validation_that_is_told_late(
     callbacks = [GradientAccumulationCallback(**options), Fails()]
     with monkeypatch.context() as patch:
         patch.setattr(jax, "block_until_ready", late)
-        with pytest.raises(type(out_of_memory()), match="late"):
+        with pytest.raises(type(out_of_memory()), match="late") as told:
             fit(pair[0], callbacks, batch_size, validation_data=(X, Y))
-    assert failing
+    # What is cut is waited for at once, to say what to write.
+    is_at_once = len(failing) == 1 and "`validation_batch_size=" in str(told)
+    assert is_at_once == (way is CUT)
     assert "make_train_function" not in vars(pair[0])
     assert_plain(pair, tmp_path)
+
+
+def test_a_function_of_the_user_may_train_and_compile_anew():
+    """`on_update` in the middle of a fit, whose variables it changes."""
+    model = build_model(PROBLEM)
+
+    def train(number):
+        if number == 2:
+            model.train_on_batch(X[:4], Y[:4])
+            model.make_train_function(force=True)
+
+    callback = GradientAccumulationCallback(2, on_update=train)
+    fit(model, [callback])
+    # Six micro-batches in windows of two, and one update of its own.
+    assert int(model.optimizer.iterations) == 3 + 1
 
 
 @only_on("jax", reason="others tell of an error at once")
