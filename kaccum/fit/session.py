@@ -44,8 +44,6 @@ class Session:
         self._runners: dict[Any, Any] = {}
         self._validations: dict[Any, Validation] = {}
         self._runner: Any = None
-        # The length of the window that the epoch before began with.
-        self._steps_before = 0
         self._whole: WholeWindow | None = None
         # Those of the last window that closed in this epoch.
         self._logs: Any = {}
@@ -175,12 +173,9 @@ class Session:
         self._logs, self._last_logs = {}, None
         self._skipped_before = self.skipped
         self._step.count_skipped_from(0)
-        steps = self._window.steps
-        if steps != self._steps_before:
-            # The first window with sums, say.
-            self._runner.wait_for_next()
-        self._steps_before = steps
-        return steps
+        # It may be the first one with sums, say.
+        self._runner.wait_for_next()
+        return self._window.steps
 
     def _count_updates(self) -> None:
         """Has the window know of the optimizer's."""
@@ -230,7 +225,6 @@ class Session:
         self._is_for_fit = is_for_fit
         self._on_update = on_update
         self._updates: int = 0
-        self._steps_before = 0
         self._skipped_before = 0
         #: What to write where memory runs out.
         self.advice = ""
